@@ -1,0 +1,102 @@
+"""What every benchmark shares: interleaved timing in one process, quartiles, the tidy CSV and where it ran."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quartiles of one provider's time per call, in milliseconds."""
+
+    median: float
+    lower: float
+    upper: float
+    repeats: int
+
+
+def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+    """Times every provider `repeats` times, one call of each in turn, so that all see the same noise.
+
+    On a GPU each call is timed between two synchronisations. The garbage collector is off while it measures.
+    """
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(warmup):
+        for provider in providers.values():
+            provider()
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, provider in providers.items():
+                synchronize()
+                start = time.perf_counter()
+                provider()
+                synchronize()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return {name: _quartiles(values) for name, values in seconds.items()}
+
+
+def _quartiles(seconds: list[float]) -> Timing:
+    milliseconds = [1e3 * s for s in seconds]
+    if len(milliseconds) == 1:
+        return Timing(milliseconds[0], milliseconds[0], milliseconds[0], 1)
+    lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    return Timing(median, lower, upper, len(milliseconds))
+
+
+def environment() -> dict[str, object]:
+    """The columns that say where a row was measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": _commit()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def write_csv(path: str | Path, rows: list[dict[str, object]]) -> None:
+    """Writes the rows, with the union of their columns in order of appearance."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(rows: list[dict[str, object]], columns: list[str]) -> None:
+    """Prints the chosen columns as an aligned table; floats with four significant digits."""
+    cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,58 @@
+"""Finds the compiled module `gkt_fast._native` and turns its errors into Python's."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch  # loaded before the native module, so that both share one OpenMP runtime
+
+from .registry import BackendError
+
+__all__ = ["DTYPES", "build_info", "native_module"]
+
+ABI_VERSION = 1
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The ABI's number of a dtype (csrc/gkt_abi.h)."""
+
+
+@functools.cache
+def native_module() -> ModuleType:
+    """The native module.
+
+    Raises:
+        BackendError: it was not built, doesn't load, or is of another version.
+    """
+    try:
+        from gkt_fast import _native
+    except ImportError as error:
+        raise BackendError(f"the native module is not installed ({error})") from error
+    if _native.abi_version != ABI_VERSION:
+        raise BackendError(
+            f"the native module has ABI version {_native.abi_version}, this package needs {ABI_VERSION}: "
+            "reinstall gkt_fast"
+        )
+    return _native
+
+
+def native_cuda_module() -> ModuleType:
+    """The native module, when it was built with CUDA kernels and a CUDA device is here.
+
+    Raises:
+        BackendError: one of them is missing.
+    """
+    module = native_module()
+    if module.build_info()["cuda"] == "none":
+        raise BackendError("the native module was built without nvcc")
+    if not torch.cuda.is_available():
+        raise BackendError("no CUDA device")
+    return module
+
+
+def build_info() -> dict[str, object]:
+    """Compiler, OpenMP, instruction sets and CUDA of the native module; {"native": reason} without one."""
+    try:
+        return dict(native_module().build_info())
+    except BackendError as error:
+        return {"native": str(error)}

@@ -1,0 +1,1 @@
+"""Device code of gkt_fast: Triton kernels (`triton/`) and CUDA sources (`cuda/`)."""
