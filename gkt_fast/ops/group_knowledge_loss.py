@@ -1,9 +1,9 @@
 """`group_knowledge_loss`: cross entropy of the full network and distillation from each group to the next one.
 
 z_s are the logits of stream s; stream 0 is the full network, then come the subnets loop by loop, group 1 to G
-in each loop. n(z) = z, or with `normalize_logits` n(z) = (z - mean_c z) / sqrt(var_c z + eps), biased variance
-over classes. The knowledge K_g of group g is a constant for the gradient; K_0 = n(z_0). For stream s of group g,
-in order:
+in each loop. n(z) = z, or with `normalize_logits` n(z) = (z - mean_c z) / sqrt(var_c z + eps), biased
+variance over classes. The knowledge K_g of group g is a constant for the gradient; K_0 = n(z_0). For stream
+s of group g, in order:
 
     p = softmax(K_{g-1} / T)          q = softmax(n(z_s) / T)
     kd_s = T^2 * mean over rows of sum_c p (log p - log q)
@@ -34,8 +34,9 @@ __all__ = ["GroupKnowledge", "group_knowledge_loss", "group_knowledge_loss_refer
 class GroupKnowledge:
     """The loss one stream at a time, in plain torch: the terms, and the knowledge that they leave behind.
 
-    Made anew for each training step. Logits here are one stream's: (B, C, *spatial). Low precision is computed
-    in float32. The arguments are those of `group_knowledge_loss`; the weights are left to the caller:
+    Made anew for each training step. Logits here are one stream's: (B, C, *spatial). Low precision is
+    computed in float32. The arguments are those of `group_knowledge_loss`; the weights are left to the
+    caller:
 
         knowledge = GroupKnowledge(ema=0.5)
         loss = ce_weight * knowledge.full(logits, targets)
@@ -82,7 +83,7 @@ class GroupKnowledge:
         return ce
 
     def subnet(self, logits: Tensor, targets: Tensor, group: int) -> Tensor:
-        """Returns kd of a subnet of `group` against group - 1, a scalar, not weighted; updates group's knowledge.
+        """Returns kd of a subnet of `group` against group - 1, a scalar, not weighted; updates K_group.
 
         Raises:
             ValueError: `group` isn't positive, or nothing was stored yet for the group before it.
@@ -201,12 +202,12 @@ def group_knowledge_loss(
     """Loss of Group Knowledge based Training over the logits of all streams (formula: module docstring).
 
     Args:
-        logits: (S, B, C, *spatial), S = 1 + loops * groups, in the order full network, then per loop the subnets
-            of group 1 to `groups`. float32, float64, bfloat16 or float16, any strides. Low precision is computed
-            in float32.
-        targets: class indices (B, *spatial), int64, or class probabilities (B, C, *spatial), floating point and
-            without gradient. Class indices must lie in [0, C) or equal `ignore_index`. Probabilities are taken
-            as they are, as torch's cross_entropy does.
+        logits: (S, B, C, *spatial), S = 1 + loops * groups, in the order full network, then per loop the
+            subnets of group 1 to `groups`. float32, float64, bfloat16 or float16, any strides. Low
+            precision is computed in float32.
+        targets: class indices (B, *spatial), int64, or class probabilities (B, C, *spatial), floating point
+            and without gradient. Class indices must lie in [0, C) or equal `ignore_index`. Probabilities
+            are taken as they are, as torch's cross_entropy does.
         groups: levels of nesting below the full network; 0: the loss is the full network's cross entropy.
         loops: chains of subnets, each from group 1 to `groups`.
         ema: weight of a group's old knowledge against a new subnet's logits, in [0, 1].
@@ -221,13 +222,14 @@ def group_knowledge_loss(
         distill_ignored: whether rows of target `ignore_index` are distilled all the same.
 
     Returns:
-        The loss, a scalar (float64 for float64 logits, float32 otherwise), and the terms (S,) of the same dtype,
-        not weighted and detached: the full network's cross entropy, then every subnet's distillation term.
+        The loss, a scalar (float64 for float64 logits, float32 otherwise), and the terms (S,) of the same
+        dtype, not weighted and detached: the full network's cross entropy, then every subnet's distillation
+        term.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, hyper-parameter or class index is wrong. On a GPU a class index out of range
-            is a device-side assertion instead, since reading it here would stall the device.
+        ValueError: a shape, device, hyper-parameter or class index is wrong. On a GPU a class index out of
+            range is a device-side assertion instead, since reading it here would stall the device.
     """
     return group_knowledge_loss_reference(
         logits,

@@ -1,4 +1,4 @@
-"""Validation of `group_knowledge_loss`'s arguments: errors name the argument, its value and what it must be."""
+"""Argument checks of `group_knowledge_loss`: errors name the argument, its value and what it must be."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_streams(logits: Tensor, groups: int, loops: int) -> None:
 
 
 def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim: int) -> None:
-    """Checks targets and logits, whose classes are at `class_dim`: 1 for one stream, 2 for stacked streams."""
+    """Checks targets and logits, whose classes are at `class_dim`: 1 for one stream, 2 for several."""
     for name, tensor in (("logits", logits), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
@@ -71,8 +71,8 @@ def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim:
     if targets.is_floating_point():
         if targets.shape != shape:
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)}; class probabilities must have shape {tuple(shape)} "
-                f"for logits of shape {tuple(logits.shape)}"
+                f"targets has shape {tuple(targets.shape)}; class probabilities must have shape "
+                f"{tuple(shape)} for logits of shape {tuple(logits.shape)}"
             )
         if targets.requires_grad:
             raise ValueError("targets requires gradients; the loss has none for it, so it must be detached")
@@ -88,8 +88,8 @@ def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim:
     expected = shape[:1] + shape[2:]
     if targets.shape != expected:
         raise ValueError(
-            f"targets has shape {tuple(targets.shape)}; class indices must have shape {tuple(expected)} for logits "
-            f"of shape {tuple(logits.shape)}"
+            f"targets has shape {tuple(targets.shape)}; class indices must have shape "
+            f"{tuple(expected)} for logits of shape {tuple(logits.shape)}"
         )
 
 
@@ -102,6 +102,6 @@ def check_class_indices(targets: Tensor, classes: int, ignore_index: int) -> Non
         torch._assert_async(~wrong.any())
     elif wrong.any():
         raise ValueError(
-            f"targets has class index {targets[wrong][0].item()}; class indices must lie in [0, {classes}) or "
+            f"targets has class index {targets[wrong][0].item()}; it must lie in [0, {classes}) or "
             f"equal ignore_index={ignore_index}"
         )
