@@ -1,7 +1,8 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
-from .ops import use_backend
+from .losses import GroupKnowledgeLoss
+from .ops import group_knowledge_loss, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "use_backend"]
+__all__ = ["GroupKnowledgeLoss", "__version__", "group_knowledge_loss", "use_backend"]

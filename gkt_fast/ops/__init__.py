@@ -1,5 +1,13 @@
 """The kernels behind one function per op, and the choice of backend."""
 
+from .group_knowledge_loss import GroupKnowledge, group_knowledge_loss, group_knowledge_loss_reference
 from .registry import BackendError, explain, use_backend
 
-__all__ = ["BackendError", "explain", "use_backend"]
+__all__ = [
+    "BackendError",
+    "GroupKnowledge",
+    "explain",
+    "group_knowledge_loss",
+    "group_knowledge_loss_reference",
+    "use_backend",
+]
