@@ -58,7 +58,9 @@ def minimum_depths(stages: Sequence[Stage], config: GKTConfig) -> tuple[int, ...
     if isinstance(config.min_depth, int):
         return tuple(min(max(config.min_depth, stage.least_depth), stage.depth) for stage in stages)
     if len(config.min_depth) != len(stages):
-        raise ValueError(f"min_depth is {config.min_depth}; it must have one entry for each of {len(stages)} stages")
+        raise ValueError(
+            f"min_depth is {config.min_depth}; it must have one entry for each of {len(stages)} stages"
+        )
     for least, stage in zip(config.min_depth, stages, strict=True):
         if least > stage.depth:
             raise ValueError(f"min_depth is {config.min_depth}; a stage has only {stage.depth} blocks")
@@ -82,7 +84,9 @@ def _inherit_decay(
     return Subnet.ordered(depths, stages)
 
 
-def _uniform(parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random) -> Subnet:
+def _uniform(
+    parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random
+) -> Subnet:
     """Every depth of the parent alike (Stimulative Training, NeurIPS-22)."""
     least = minimum_depths(stages, config)
     return Subnet.ordered([draw.randint(m, d) for d, m in zip(parent.depths, least, strict=True)], stages)
@@ -104,12 +108,16 @@ def _stochastic_depth(
     return Subnet(tuple(keep))
 
 
-def _fixed(parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random) -> Subnet:
+def _fixed(
+    parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random
+) -> Subnet:
     """The depths that the configuration lists; repeated in every loop when it lists one per group."""
     subnets = config.subnets or ()
     subnet = Subnet.ordered(subnets[index % len(subnets)], stages)
     if not subnet.is_within(parent):
-        raise ValueError(f"subnets[{index % len(subnets)}] is {subnet}; it must lie within {parent}, the group before")
+        raise ValueError(
+            f"subnets[{index % len(subnets)}] is {subnet}; it must lie within {parent}, the group before"
+        )
     return subnet
 
 

@@ -101,7 +101,9 @@ class Subnet:
         for mask, stage in zip(self.keep, stages, strict=True):
             for kept, path, droppable in zip(mask, stage.blocks, stage.droppable, strict=True):
                 if not kept and not droppable:
-                    raise ValueError(f"keep drops block {path!r}, which changes shape or has no skip connection")
+                    raise ValueError(
+                        f"keep drops block {path!r}, which changes shape or has no skip connection"
+                    )
                 if not kept:
                     dropped.append(path)
         return frozenset(dropped)

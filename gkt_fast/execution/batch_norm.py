@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["BatchStatistics", "freeze_during_backward", "frozen_statistics", "record_statistics", "tracking_layers", "update_running_statistics"]
+__all__ = [
+    "BatchStatistics",
+    "freeze_during_backward",
+    "frozen_statistics",
+    "record_statistics",
+    "tracking_layers",
+    "update_running_statistics",
+]
 
 
 class BatchStatistics(NamedTuple):
@@ -95,7 +102,9 @@ def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
     for layer, mean, variance in updates:
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
-        factor = layer.momentum if layer.momentum is not None else 1.0 / layer.num_batches_tracked.to(mean.dtype)
+        factor = (
+            layer.momentum if layer.momentum is not None else 1.0 / layer.num_batches_tracked.to(mean.dtype)
+        )
         for running, statistic in ((layer.running_mean, mean), (layer.running_var, variance)):
             running.mul_(1.0 - factor).add_(statistic * factor)
 

@@ -76,7 +76,7 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
 class _StandIn:
     """Takes a module's place in its parent's `_modules`; looks like the module to everything but a call."""
 
-    __slots__ = ("_call", "_module", "_site")
+    __slots__ = ("__weakref__", "_call", "_module", "_site")
 
     def __init__(self, site: Site, module: nn.Module, call: Call) -> None:
         object.__setattr__(self, "_site", site)

@@ -83,7 +83,9 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def cifar_resnet(depth: int = 20, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> CifarResNet:
+def cifar_resnet(
+    depth: int = 20, num_classes: int = 10, width: int = 16, in_channels: int = 3
+) -> CifarResNet:
     """A ResNet of 6n+2 layers for 32x32 images: depth 20, 32, 44, 56 or 110 in the paper.
 
     Args:

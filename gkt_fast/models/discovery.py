@@ -75,7 +75,9 @@ def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -
         if isinstance(entry, str):
             container = _submodule(model, entry)
             if not container._modules:
-                raise ValueError(f"stages names {entry!r} ({type(container).__name__}), which holds no blocks")
+                raise ValueError(
+                    f"stages names {entry!r} ({type(container).__name__}), which holds no blocks"
+                )
             paths = [f"{entry}.{name}" for name in container._modules]
         else:
             paths = list(entry)
@@ -83,7 +85,9 @@ def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -
         found.append(Stage(tuple(paths), tuple(map(is_residual, blocks))))
     if not any(any(stage.droppable) for stage in found):
         names = sorted({type(_submodule(model, path)).__name__ for stage in found for path in stage.blocks})
-        raise ValueError(f"stages names blocks of {', '.join(names)}; none of them has a skip connection, so none can be dropped")
+        raise ValueError(
+            f"stages names blocks of {', '.join(names)}; none of them has a skip connection, so none can be dropped"
+        )
     return found
 
 
@@ -145,7 +149,11 @@ def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]
     The search doesn't look into the blocks of a run that holds a residual block. Children are taken from
     `_modules`, so that a module that stands in two places counts as two blocks.
     """
-    children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items() if child is not None]
+    children = [
+        (f"{path}.{name}" if path else name, child)
+        for name, child in module._modules.items()
+        if child is not None
+    ]
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         for run in _neighbours(children):
             candidates = [run] if isinstance(run[0][1], (nn.Sequential, nn.ModuleList)) else []
@@ -171,7 +179,9 @@ def _neighbours(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[st
 
 
 def _holds_container(run: list[tuple[str, nn.Module]]) -> bool:
-    return any(isinstance(inner, (nn.Sequential, nn.ModuleList)) for _, block in run for inner in block.modules())
+    return any(
+        isinstance(inner, (nn.Sequential, nn.ModuleList)) for _, block in run for inner in block.modules()
+    )
 
 
 def _split(run: list[tuple[str, nn.Module]]) -> Iterator[Stage]:
@@ -191,4 +201,6 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         children = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"stages names {path!r}, which the model doesn't have; its children are {children}") from error
+        raise ValueError(
+            f"stages names {path!r}, which the model doesn't have; its children are {children}"
+        ) from error
