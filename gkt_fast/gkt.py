@@ -182,13 +182,19 @@ class GKT(nn.Module):
                 for value in inputs
             )
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The step counter; part of this module's state_dict, not of the model's."""
-        return {"next_step": self.next_step}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""
+        return {
+            "next_step": self.next_step,
+            "writes_input": dict(self._writes_input),
+            "returns": dict(self._returns),
+        }
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restores the step counter."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`."""
         self.next_step = int(state["next_step"])
+        self._writes_input = dict(state["writes_input"])
+        self._returns = dict(state["returns"])
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)
