@@ -31,7 +31,9 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train-images", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=25)
@@ -61,7 +63,9 @@ def main() -> None:
     print(f"Written to {args.output}: demo.csv, subnets.csv, demo.png")
 
 
-def train(config: GKTConfig, seed: int, data: Data, args: argparse.Namespace) -> tuple[GKTTrainer, DataLoader]:
+def train(
+    config: GKTConfig, seed: int, data: Data, args: argparse.Namespace
+) -> tuple[GKTTrainer, DataLoader]:
     """Trains one network; the seed decides its initial weights, the order of images and the subnets."""
     trainer, loader = make_trainer(config, seed, data, args)
     name = "plain" if not config.groups else f"{config.sampler}, {config.groups} groups x {config.loops}"
@@ -83,9 +87,7 @@ def make_trainer(
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     loader = DataLoader(data.train, args.batch_size, shuffle=True, drop_last=True)
-    trainer = GKTTrainer(
-        model, optimizer, config.replace(seed=seed), scheduler=scheduler, channels_last=True
-    )
+    trainer = GKTTrainer(model, optimizer, config.replace(seed=seed), scheduler=scheduler, channels_last=True)
     return trainer, loader
 
 
@@ -97,7 +99,9 @@ def evaluate(trainer: GKTTrainer, data: Data, method: str, seed: int) -> list[di
     records = []
     for depths in itertools.product(*(range(max(stage.least_depth, 1), stage.depth + 1) for stage in stages)):
         full = all(depth == stage.depth for depth, stage in zip(depths, stages, strict=True))
-        result = trainer.evaluate(test, None if full else depths, calibration_loader=None if full else calibration)
+        result = trainer.evaluate(
+            test, None if full else depths, calibration_loader=None if full else calibration
+        )
         records.append(
             {
                 "method": method,
@@ -161,7 +165,9 @@ def print_table(table: list[dict[str, object]], args: argparse.Namespace, data: 
         f"\nTest accuracy in %, {args.seeds} seeds (mean +- standard deviation), {len(data.test)} test images, "
         f"{args.train_images} training images,\n{args.epochs} epochs, ResNet-{args.depth}; step time in plain steps\n"
     )
-    print(f"{'method':22}{'full network':>16}{'depths 2-2-2':>16}{'depths 1-1-1':>16}{'shared':>9}{'one by one':>12}")
+    print(
+        f"{'method':22}{'full network':>16}{'depths 2-2-2':>16}{'depths 1-1-1':>16}{'shared':>9}{'one by one':>12}"
+    )
     for row in table:
         cells = "".join(
             f"{row[f'{name} mean']:9.2f} +- {row[f'{name} std']:.2f}"[-16:].rjust(16)
