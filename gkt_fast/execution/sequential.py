@@ -56,11 +56,11 @@ def run_sequential(
             logits = logits_of(gradients.run(network.model, inputs))
         if stream == 0:
             term = knowledge.full(logits, targets)
-            loss = config.ce_weight * term
+            loss = _weighted(config.ce_weight, term)
             full_logits = logits.detach()
         else:
             term = knowledge.subnet(logits, targets, streams.group(stream))
-            loss = config.kd_weight * term
+            loss = _weighted(config.kd_weight, term)
             if config.subnet_ce_weight:
                 loss = loss + config.subnet_ce_weight * knowledge.cross_entropy(logits, targets)
         with frozen_statistics(layers):
@@ -68,3 +68,8 @@ def run_sequential(
         terms.append(term.detach())
         total = loss.detach() if total is None else total + loss.detach()
     return StepResult(deliver(total, gradients), torch.stack(terms), full_logits)
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """The weighted term; with weight 0 it counts nothing, even where it is not a number."""
+    return weight * term if weight else 0.0 * term.nan_to_num(0.0, 0.0, 0.0)
