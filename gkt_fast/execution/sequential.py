@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import GroupKnowledge
 from .batch_norm import frozen_statistics, tracking_layers
 from .gradients import GradientSum, deliver
-from .interception import Site, intercept
+from .interception import Site, check_called, intercept
 from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams, knowledge_options
 
@@ -55,6 +55,7 @@ def run_sequential(
         ):
             logits = logits_of(gradients.run(network.model, inputs))
         if stream == 0:
+            check_called(blocks, network.returns)
             term = knowledge.full(logits, targets)
             loss = _weighted(config.ce_weight, term)
             full_logits = logits.detach()
