@@ -63,12 +63,7 @@ def _quartiles(seconds: list[float]) -> Timing:
 def environment() -> dict[str, object]:
     """The columns that say where a row was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": _commit()}
 
 
 def _processor() -> str:
