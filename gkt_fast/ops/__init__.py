@@ -1,6 +1,15 @@
 """The kernels behind one function per op, and the choice of backend."""
 
 from .ghost_batch_norm import ghost_batch_norm
+from .group_knowledge_loss import GroupKnowledge, group_knowledge_loss, group_knowledge_loss_reference
 from .registry import BackendError, explain, use_backend
 
-__all__ = ["BackendError", "explain", "ghost_batch_norm", "use_backend"]
+__all__ = [
+    "BackendError",
+    "GroupKnowledge",
+    "explain",
+    "ghost_batch_norm",
+    "group_knowledge_loss",
+    "group_knowledge_loss_reference",
+    "use_backend",
+]
