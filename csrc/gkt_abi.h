@@ -23,7 +23,7 @@ struct gkt_activation {
 // channels_last: channel_stride is 1 and batch_stride is positions * position_stride; otherwise
 // position_stride is 1. `mask` has one bit per element, 1 where the gradient passes the ReLU: rows
 // of ceil(length / 8) bytes, lowest bit first, one per (batch, position) of length channels in
-// channels_last, else one per (batch, channel) of length positions.
+// channels_last, else one per (batch, channel) of length positions; unused bits are 0.
 struct gkt_ghost_batch_norm_params {
   struct gkt_activation x, residual, y, grad_y, grad_x, grad_residual;
   uint8_t* mask;        // null without ReLU

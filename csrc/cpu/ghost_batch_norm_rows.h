@@ -21,9 +21,10 @@ class Rows {
         threads(threads),
         channels(params.channels),
         rows(params.ghost_rows * params.positions),
-        tile_rows(at_least(8, 4096 / channels)),
+        tile_rows(at_least(1, 1024 / channels)),
         chunk_rows(at_least(tile_rows, at_most(1024, 16384 / channels))),
-        chunks((rows + chunk_rows - 1) / chunk_rows) {}
+        chunks((rows + chunk_rows - 1) / chunk_rows),
+        streams(can_stream()) {}
 
   template <bool relu, bool has_residual>
   void forward() const {
@@ -110,6 +111,7 @@ class Rows {
   const Params& p;
   const int threads;
   const int64_t channels, rows, tile_rows, chunk_rows, chunks;
+  const bool streams;
 
   // Per chunk and channel: a shift, and the sums of (x - shift) and its square.
   void statistics() const {
@@ -217,7 +219,10 @@ class Rows {
   Strip<T> strip(int64_t row) const {
     const auto step = [](const gkt_activation& tensor) { return tensor.position_stride; };
     const auto start = [&](const gkt_activation& tensor) { return row * tensor.position_stride; };
-    return make_strip<T>(p, start, step, row * mask_bytes(channels), mask_bytes(channels));
+    Strip<T> strip =
+        make_strip<T>(p, start, step, row * mask_bytes(channels), mask_bytes(channels));
+    strip.streams = streams;
+    return strip;
   }
 
   // Calls body(ghost, chunk, first row, rows) for all tiles, in parallel over chunks; `backwards`
@@ -232,7 +237,21 @@ class Rows {
         for (int64_t row = chunk * chunk_rows; row < last; row += tile_rows)
           body(ghost, chunk, row, at_most(tile_rows, last - row));
       }
+      if (streams) stream_fence();
     });
+  }
+
+  // Outputs that the cache can't hold anyway are written past it, which spares reading them first.
+  bool can_stream() const {
+    constexpr int64_t register_bytes = Vec<A>::width * sizeof(T), too_large = 16 << 20;
+    const auto aligned = [&](const gkt_activation& tensor) {
+      return (reinterpret_cast<uintptr_t>(tensor.data) |
+              static_cast<uintptr_t>(tensor.position_stride) * sizeof(T)) %
+                 register_bytes ==
+             0;
+    };
+    return p.ghosts * rows * channels * static_cast<int64_t>(sizeof(T)) >= too_large &&
+           aligned(p.y) && aligned(p.grad_x) && aligned(p.grad_residual);
   }
 
   int64_t rows_of_chunk(int64_t chunk) const {

@@ -33,6 +33,7 @@ GKT_INLINE void store_bits(uint8_t* to, uint32_t bits, int count) {
     std::memcpy(to, &two, 2);
     return;
   }
+  if (count < width) bits &= (1u << count) - 1;
   to[0] = static_cast<uint8_t>(bits);
   if (count > 8) to[1] = static_cast<uint8_t>(bits >> 8);
 }
@@ -52,6 +53,7 @@ struct Strip {
   uint8_t* mask = nullptr;
   int64_t x_step = 0, residual_step = 0, grad_y_step = 0, y_step = 0, grad_x_step = 0;
   int64_t grad_residual_step = 0, mask_step = 0;
+  bool streams = false;  // whole registers are written past the cache
 };
 
 // The strip that begins `elements` further on, a multiple of 8 (each bit mask byte holds 8).
@@ -75,6 +77,14 @@ GKT_INLINE double lane_sum(Vec<A> v) {
   double sum = 0;
   for (int lane = 0; lane < Vec<A>::width; ++lane) sum += static_cast<double>(v.value[lane]);
   return sum;
+}
+
+template <class T, class A>
+GKT_INLINE void write(const Strip<T>& strip, T* to, Vec<A> v, int lanes) {
+  if (strip.streams && lanes == Vec<A>::width)
+    stream(to, v);
+  else
+    store(to, v, lanes);
 }
 
 template <class A, int vectors>
@@ -160,7 +170,7 @@ GKT_INLINE void strip_forward(const Strip<T>& strip, int64_t steps, int count,
                           lanes);
         y = y.relu();
       }
-      store(strip.y + step * strip.y_step + v * width, y, lanes);
+      write(strip, strip.y + step * strip.y_step + v * width, y, lanes);
     }
   }
 }
@@ -204,19 +214,25 @@ GKT_INLINE void strip_backward(const Strip<T>& strip, int64_t steps, int count,
       const Vec<A> x = load(strip.x + step * strip.x_step + v * width, lanes);
       const Vec<A> dz = grad_before_relu<T, A, relu>(strip, step, v, lanes);
       if (has_residual)
-        store(strip.grad_residual + step * strip.grad_residual_step + v * width, dz, lanes);
+        write(strip, strip.grad_residual + step * strip.grad_residual_step + v * width, dz, lanes);
       const Vec<A> dx = fma(dz, scale.of[v], fma(x - mean.of[v], slope.of[v], offset.of[v]));
-      store(strip.grad_x + step * strip.grad_x_step + v * width, dx, lanes);
+      write(strip, strip.grad_x + step * strip.grad_x_step + v * width, dx, lanes);
     }
   }
 }
 
-// y = residual, for a dropped ghost batch.
+// y = residual and a mask that lets every gradient pass, for a dropped ghost batch.
 template <class T, class A, int vectors>
 GKT_INLINE void strip_copy(const Strip<T>& strip, int64_t steps, int count) {
-  const std::size_t bytes = ((vectors - 1) * Vec<A>::width + count) * sizeof(T);
-  for (int64_t step = 0; step < steps; ++step)
+  constexpr int width = Vec<A>::width;
+  const std::size_t bytes = ((vectors - 1) * width + count) * sizeof(T);
+  for (int64_t step = 0; step < steps; ++step) {
     std::memcpy(strip.y + step * strip.y_step, strip.residual + step * strip.residual_step, bytes);
+    if (strip.mask == nullptr) continue;
+    for (int v = 0; v < vectors; ++v)
+      store_bits<width>(strip.mask + step * strip.mask_step + v * (width / 8), (1u << width) - 1,
+                        v == vectors - 1 ? count : width);
+  }
 }
 
 // dx = 0 and the residual's gradient is y's, for a dropped ghost batch.

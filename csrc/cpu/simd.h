@@ -253,6 +253,34 @@ GKT_INLINE Vec<float> load(const float16* from, int count) { return load_half(fr
 GKT_INLINE void store(bfloat16* to, Vec<float> v, int count) { store_half(to, v, count); }
 GKT_INLINE void store(float16* to, Vec<float> v, int count) { store_half(to, v, count); }
 
+// Past the cache, to an address aligned to the register; ends with stream_fence().
+template <class T, class A>
+GKT_INLINE void stream(T* to, Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8)
+    _mm512_stream_pd(to, bit_cast<__m512d>(v.value));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_stream_ps(to, v.value);
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(narrow(v, T{})));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    _mm256_stream_ps(to, v.value);
+  else if constexpr (sizeof(T) == 2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(narrow(v, T{})));
+  else
+    store(to, v, Vec<A>::width);
+#else
+  store(to, v, Vec<A>::width);
+#endif
+}
+
+GKT_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace GKT_ISA
 }  // namespace gkt

@@ -14,6 +14,8 @@ mean, var (m, C); keep (m,).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -104,10 +106,12 @@ def ghost_batch_norm(
     """
     check_arguments(x, weight, bias, ghosts, residual, keep, activation, eps, running_mean, running_var)
     dtype = statistics_dtype(x.dtype)
-    weight, bias, running_mean, running_var = (
-        None if vector is None else vector.to(dtype) for vector in (weight, bias, running_mean, running_var)
-    )
-    y, statistics, _ = torch.ops.gkt_fast.ghost_batch_norm(
+    if x.dtype != dtype:
+        weight, bias, running_mean, running_var = (
+            None if vector is None else vector.to(dtype)
+            for vector in (weight, bias, running_mean, running_var)
+        )
+    y, statistics, _ = _op(
         x, weight, bias, residual, keep, running_mean, running_var, ghosts, activation == "relu", eps
     )
     return y, statistics[0], statistics[2]
@@ -148,7 +152,7 @@ def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts,
         residual = backends.readable_as(residual, channels_last)
     backend = select("ghost_batch_norm", x.device.type, x.dtype)
     backend.forward(
-        backends.Problem(x, channels_last, ghosts, relu, eps, running_mean is not None),
+        backends.describe(x, channels_last, ghosts, relu, eps, running_mean is not None),
         x,
         residual,
         weight,
@@ -170,7 +174,7 @@ def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_
         return grad_x, grad_residual, grad_weight.zero_(), grad_bias.zero_()
     backend = select("ghost_batch_norm", x.device.type, x.dtype)
     backend.backward(
-        backends.Problem(x, channels_last, ghosts, relu, eps, use_running),
+        backends.describe(x, channels_last, ghosts, relu, eps, use_running),
         backends.readable_as(grad_y, channels_last),
         x,
         weight,
@@ -208,50 +212,72 @@ def _fake_backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps,
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, keep, running_mean, _, ctx.ghosts, ctx.relu, ctx.eps = inputs
-    _, statistics, mask = output
-    ctx.mark_non_differentiable(statistics, mask)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, statistics, mask, keep)
-    ctx.use_running = running_mean is not None
+class _GhostBatchNorm(torch.autograd.Function):
+    """The Autograd key's kernel. torch.library.register_autograd does the same at five times the overhead."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+        inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps
+        y, statistics, mask = _below_autograd(_op, *inputs)
+        ctx.mark_non_differentiable(statistics, mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, statistics, mask, keep)
+        ctx.options = ghosts, relu, eps, running_mean is not None
+        return y, statistics, mask
+
+    @staticmethod
+    def backward(ctx, grad_y, _statistics, _mask):
+        if grad_y is None:
+            return (None,) * 10
+        x, weight, statistics, mask, keep = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        ghosts, relu, eps, use_running = ctx.options
+        own_residual = needs_residual and relu  # without ReLU it is the gradient of y
+        if needs_x or needs_weight or needs_bias or own_residual:
+            # Without create_graph the Autograd key has nothing to do.
+            call = (
+                _backward_op if torch.is_grad_enabled() else functools.partial(_below_autograd, _backward_op)
+            )
+            grad_x, grad_residual, grad_weight, grad_bias = call(
+                grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, own_residual
+            )
+        else:
+            grad_x = grad_residual = grad_weight = grad_bias = None
+        return (
+            grad_x if needs_x else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            grad_residual if own_residual else grad_y if needs_residual else None,
+            *(None,) * 6,
+        )
 
 
-def _autograd_backward(ctx, grad_y, _statistics, _mask):
-    if grad_y is None:
-        return (None,) * 10
-    x, weight, statistics, mask, keep = ctx.saved_tensors
-    needs_residual = ctx.needs_input_grad[3]
-    own_residual = needs_residual and ctx.relu  # without ReLU it is the gradient of y
-    grad_x, grad_residual, grad_weight, grad_bias = torch.ops.gkt_fast.ghost_batch_norm_backward(
-        grad_y,
-        x,
-        weight,
-        statistics,
-        mask,
-        keep,
-        ctx.ghosts,
-        ctx.relu,
-        ctx.eps,
-        ctx.use_running,
-        own_residual,
+class _GhostBatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _below_autograd(_backward_op, *inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "ghost_batch_norm can't be differentiated twice; ghost_batch_norm_reference can, and computes the same"
+        )
+
+
+def _below_autograd(op, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _autograd_kernel(function: type[torch.autograd.Function], op):
+    return lambda *inputs: (
+        function.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(op, *inputs)
     )
-    return (
-        grad_x if ctx.needs_input_grad[0] else None,
-        grad_weight if ctx.needs_input_grad[1] else None,
-        grad_bias if ctx.needs_input_grad[2] else None,
-        (grad_residual if own_residual else grad_y) if needs_residual else None,
-        *(None,) * 6,
-    )
 
 
-def _no_double_backward(ctx, *gradients):
-    raise RuntimeError(
-        "ghost_batch_norm can't be differentiated twice; ghost_batch_norm_reference can, and computes the same"
-    )
-
-
-torch.library.register_autograd(
-    "gkt_fast::ghost_batch_norm", _autograd_backward, setup_context=_setup_context, lib=_library
+_op = torch.ops.gkt_fast.ghost_batch_norm.default
+_backward_op = torch.ops.gkt_fast.ghost_batch_norm_backward.default
+_library.impl("ghost_batch_norm", _autograd_kernel(_GhostBatchNorm, _op), "Autograd")
+_library.impl(
+    "ghost_batch_norm_backward", _autograd_kernel(_GhostBatchNormBackward, _backward_op), "Autograd"
 )
-torch.library.register_autograd("gkt_fast::ghost_batch_norm_backward", _no_double_backward, lib=_library)

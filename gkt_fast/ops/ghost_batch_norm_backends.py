@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .ghost_batch_norm_checks import DTYPES, statistics_dtype
 from .native import DTYPES as NATIVE_DTYPES
 from .native import native_module
 from .registry import Implementation, register
 
-__all__ = ["Problem", "mask_size", "readable", "readable_as"]
+__all__ = ["Problem", "describe", "mask_size", "readable", "readable_as"]
 
 
 class Problem(NamedTuple):
     """What a backend is told besides tensors. x, residual and the gradients are all in one layout."""
 
-    x: Tensor
+    sizes: tuple[int, int, int, int]  # ghost batches, rows of one, channels, positions
+    dtype: torch.dtype
     channels_last: bool
     ghosts: int
     relu: bool
     eps: float
     use_running: bool
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Ghost batches, rows of one, channels, positions."""
-        rows, channels, *spatial = self.x.shape
-        return self.ghosts, rows // self.ghosts, channels, _product(spatial)
+
+def describe(
+    x: Tensor, channels_last: bool, ghosts: int, relu: bool, eps: float, use_running: bool
+) -> Problem:
+    """The problem for an x in this layout."""
+    shape = x.shape
+    sizes = (ghosts, shape[0] // ghosts, shape[1], _product(shape[2:]))
+    return Problem(sizes, x.dtype, channels_last, ghosts, relu, eps, use_running)
 
 
-def _product(sizes) -> int:
+def _product(sizes: tuple[int, ...]) -> int:
     product = 1
     for size in sizes:
         product *= size
     return product
 
 
-def mask_size(shape: torch.Size, channels_last: bool) -> int:
+def mask_size(shape: tuple[int, ...], channels_last: bool) -> int:
     """Bytes of the ReLU mask: one bit per element, lines of channels (channels_last) or of positions."""
     rows, channels, *spatial = shape
     positions = _product(spatial)
@@ -47,41 +53,60 @@ def mask_size(shape: torch.Size, channels_last: bool) -> int:
     return lines * ((length + 7) // 8)
 
 
-def _position_stride(x: Tensor) -> int | None:
-    """The distance of neighbouring positions if channels_last kernels can read x in place, otherwise None."""
-    channels = x.shape[1]
-    if channels > 1 and x.stride(1) != 1:
+def _position_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
+    """The distance of neighbouring positions if channels_last kernels can read it in place, otherwise None."""
+    channels = shape[1]
+    if channels > 1 and stride[1] != 1:
         return None
     first = following = None
-    for dim in (*range(x.dim() - 1, 1, -1), 0):
-        if x.shape[dim] == 1:
+    for dim in (*range(len(shape) - 1, 1, -1), 0):
+        if shape[dim] == 1:
             continue
         if first is None:
-            first = x.stride(dim)
-        elif x.stride(dim) != following:
+            first = stride[dim]
+        elif stride[dim] != following:
             return None
-        following = x.stride(dim) * x.shape[dim]
+        following = stride[dim] * shape[dim]
     return channels if first is None else first
 
 
-def _has_planes(x: Tensor) -> bool:
+def _has_planes(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the positions of each row and channel are neighbours in memory."""
     following = 1
-    for dim in range(x.dim() - 1, 1, -1):
-        if x.shape[dim] != 1:
-            if x.stride(dim) != following:
+    for dim in range(len(shape) - 1, 1, -1):
+        if shape[dim] != 1:
+            if stride[dim] != following:
                 return False
-            following *= x.shape[dim]
+            following *= shape[dim]
     return True
+
+
+def _find_layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool | None:
+    has_planes = _has_planes(shape, stride)
+    if has_planes and _product(shape[2:]) > 1:
+        return False
+    if _position_stride(shape, stride) is not None:
+        return True
+    return False if has_planes else None
+
+
+def _find_strides(
+    shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool
+) -> tuple[int, int, int] | None:
+    if not channels_last:
+        return (stride[0], stride[1], 1) if _has_planes(shape, stride) else None
+    position_stride = _position_stride(shape, stride)
+    return None if position_stride is None else (_product(shape[2:]) * position_stride, 1, position_stride)
+
+
+_cached_layout = functools.lru_cache(maxsize=4096)(_find_layout)
+_cached_strides = functools.lru_cache(maxsize=4096)(_find_strides)
 
 
 def _layout(x: Tensor) -> bool | None:
     """True: channels_last, False: planes, None: neither."""
-    if _product(x.shape[2:]) > 1 and _has_planes(x):
-        return False
-    if _position_stride(x) is not None:
-        return True
-    return False if _has_planes(x) else None
+    find = _find_layout if isinstance(x, FakeTensor) else _cached_layout  # symbolic sizes have no hash
+    return find(x.shape, x.stride())
 
 
 def readable(x: Tensor) -> tuple[Tensor, bool]:
@@ -98,11 +123,9 @@ def readable(x: Tensor) -> tuple[Tensor, bool]:
 
 def readable_as(x: Tensor, channels_last: bool) -> Tensor:
     """x, or a copy where it isn't in the given layout."""
-    if not channels_last:
-        return x if _has_planes(x) else x.contiguous()
-    if _position_stride(x) is not None:
+    if _cached_strides(x.shape, x.stride(), channels_last) is not None:
         return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -113,14 +136,11 @@ def _activation(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int,
     """Address and strides of batch, channel and position."""
     if tensor is None:
         return 0, 0, 0, 0
-    if problem.channels_last:
-        stride = _position_stride(tensor)
-        return tensor.data_ptr(), problem.sizes[3] * stride, 1, stride
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), 1
+    return tensor.data_ptr(), *_cached_strides(tensor.shape, tensor.stride(), problem.channels_last)
 
 
 def _native_shape(problem: Problem) -> tuple[int, ...]:
-    return NATIVE_DTYPES[problem.x.dtype], problem.channels_last, *problem.sizes
+    return NATIVE_DTYPES[problem.dtype], problem.channels_last, *problem.sizes
 
 
 class NativeBackend:
@@ -204,7 +224,8 @@ class TorchBackend:
         if residual is not None:
             z = z + _by_ghost(residual, problem)
         if problem.relu:
-            mask.copy_(_pack(~(z <= 0), problem))
+            passed = ~(z <= 0) if keep is None else ~(z <= 0) | ~keep[:, None, None, None]
+            mask.copy_(_pack(passed, problem))
             z = torch.relu(z)
         if keep is not None:
             z = torch.where(keep[:, None, None, None], z, _by_ghost(residual, problem))
@@ -226,10 +247,7 @@ class TorchBackend:
     ) -> None:
         dz = _by_ghost(grad_y, problem)
         if problem.relu:
-            passed = _unpack(mask, problem)
-            if keep is not None:
-                passed = passed | ~keep[:, None, None, None]
-            dz = torch.where(passed, dz, 0)
+            dz = torch.where(_unpack(mask, problem), dz, 0)
         if grad_residual is not None:
             grad_residual.copy_(dz.reshape(x.shape))
         if keep is not None:
