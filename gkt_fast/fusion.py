@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _NormBase
 
-from .ghost import run_batch_norm
+from .norm import run_batch_norm
 from .ops.ghost_batch_norm_checks import DTYPES
 
 __all__ = ["fuse_blocks", "unfuse_blocks"]
