@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ sources for the CPU (README.md) and loads them; objects are cached by what went into them."""
+"""Compiles CUDA C++ sources for the CPU (README.md) and loads them; objects are cached by their inputs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,17 @@ def missing_tools() -> str | None:
     return None
 
 
-def load_library(*sources: str | Path) -> ctypes.CDLL:
+def load_library(*sources: str | Path, define: Sequence[str] = ()) -> ctypes.CDLL:
     """The `extern "C"` functions of some .cu files, which may use `csrc/guard.h` and `common.cuh`.
+
+    Args:
+        sources: the .cu files.
+        define: macros for every source, the runtime's too; CUDA_HOST_UCONTEXT takes the portable fibers.
 
     Raises:
         CompilationError: with the compiler's message.
     """
-    objects = _compile_all([*RUNTIME, ROOT / "csrc" / "cpu" / "isa.cpp", *map(Path, sources)])
+    objects = _compile_all([*RUNTIME, ROOT / "csrc" / "cpu" / "isa.cpp", *map(Path, sources)], define)
     library = ctypes.CDLL(str(_link(objects, "kernels")))
     library.cuda_host_last_error.restype = ctypes.c_char_p
     return library
@@ -118,11 +122,15 @@ def address_sanitizer_environment() -> dict[str, str]:
     Raises:
         CompilationError: the compiler has no libasan.
     """
-    path = _run([_compiler(), "-print-file-name=libasan.so"]).strip()
-    if not Path(path).is_absolute():
-        raise CompilationError("the compiler has no libasan.so")
+    # libasan looks for the real __cxa_throw when it starts, so libstdc++ has to be there already.
+    libraries = [
+        _run([_compiler(), f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    for library in libraries:
+        if not Path(library).is_absolute():
+            raise CompilationError(f"the compiler has no {library}")
     options = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0"
-    return {**os.environ, "LD_PRELOAD": str(Path(path).resolve()), "ASAN_OPTIONS": options}
+    return {**os.environ, "LD_PRELOAD": " ".join(map(os.path.realpath, libraries)), "ASAN_OPTIONS": options}
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -143,7 +151,7 @@ def _compiler_version() -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Where objects and libraries are kept: GKT_CUDA_HOST_CACHE, or this user's folder in the temporary one."""
+    """Where objects and libraries are kept: GKT_CUDA_HOST_CACHE, or a folder in the temporary directory."""
     default = Path(tempfile.gettempdir()) / f"gkt-cuda-host-{os.getuid()}"
     folder = Path(os.environ.get("GKT_CUDA_HOST_CACHE") or default)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -179,15 +187,15 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:24]
 
 
-def _compile_all(sources: Sequence[Path]) -> list[Path]:
+def _compile_all(sources: Sequence[Path], define: Sequence[str] = ()) -> list[Path]:
     headers = [path for folder in (*INCLUDES, HERE / "runtime") for path in sorted(folder.rglob("*.*h"))]
     base = _digest(_compiler_version(), *(path.read_bytes() for path in headers))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda source: _compile(source.resolve(), base), sources))
+        return list(pool.map(lambda source: _compile(source.resolve(), base, define), sources))
 
 
-def _compile(source: Path, base: str) -> Path:
-    flags = _flags(source)
+def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
+    flags = [*_flags(source), *(f"-D{name}" for name in define)]
     target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
     if not target.exists():
         _produce(target, [_compiler(), *flags, "-c", str(source)])

@@ -2,6 +2,8 @@
 // the real cuda_runtime.h when a .cu file is compiled by build.py.
 #pragma once
 
+#include <math.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,20 +31,18 @@ static constexpr int warpSize = 32;
 
 #define CUDA_HOST_SITE cuda_host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
-// ---- vector types ------------------------------------------------------------------------------
-
 #define CUDA_HOST_VECTORS(type, scalar, size)                                   \
   struct alignas(2 * size) type##2 { scalar x, y; };                            \
   struct alignas(4 * size > 16 ? 16 : 4 * size) type##4 { scalar x, y, z, w; }; \
   inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }          \
   inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
+CUDA_HOST_VECTORS(uchar, unsigned char, 1)
+CUDA_HOST_VECTORS(ushort, unsigned short, 2)
 CUDA_HOST_VECTORS(float, float, 4)
 CUDA_HOST_VECTORS(int, int, 4)
 CUDA_HOST_VECTORS(uint, unsigned, 4)
 CUDA_HOST_VECTORS(double, double, 8)
 #undef CUDA_HOST_VECTORS
-
-// ---- barriers, shuffles, votes -----------------------------------------------------------------
 
 inline void __syncthreads(CUDA_HOST_SITE) {
   cuda_host::block_barrier(cuda_host::Barrier::plain, 0, site);
@@ -110,8 +110,6 @@ inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32
 }
 
 [[noreturn]] inline void __trap(CUDA_HOST_SITE) { cuda_host::trap(site); }
-
-// ---- memory ------------------------------------------------------------------------------------
 
 template <class T>
 inline T __ldg(const T* address) {
@@ -186,8 +184,6 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
                                   [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------
-
 #define CUDA_HOST_MIN_MAX(type)                             \
   inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
@@ -248,8 +244,6 @@ inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x));
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((static_cast<unsigned long long>(a) * b) >> 32);
 }
-
-// ---- host API ----------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };

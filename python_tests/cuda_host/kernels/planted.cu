@@ -146,6 +146,10 @@ __global__ void null_kernel(float* y, bool correct) {
   pointer[threadIdx.x] = 1;
 }
 
+__global__ void endless_kernel(float* y, bool correct) {
+  for (int i = 0; correct ? i < 10 : y[threadIdx.x] < 1; ++i) y[threadIdx.x] = 0;
+}
+
 __global__ void host_pointer_kernel(const int* count, float* y) { y[threadIdx.x] = *count; }
 
 }  // namespace
@@ -183,6 +187,7 @@ PLANTED(misaligned, launch<misaligned_kernel>(1, 16, 0, nullptr, y, correct))
 PLANTED(overflow, launch<overflow_kernel>(1, 64, 0, nullptr, y, 50000, correct))
 PLANTED(float_atomic, launch<float_atomic_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(null_pointer, launch<null_kernel>(1, 64, 0, nullptr, y, correct))
+PLANTED(endless, launch<endless_kernel>(1, 32, 0, nullptr, y, correct))
 PLANTED(host_pointer, {
   const int count = 3;
   if (!correct) launch<host_pointer_kernel>(1, 64, 0, nullptr, &count, y);

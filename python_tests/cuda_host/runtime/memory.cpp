@@ -21,7 +21,7 @@ namespace {
 constexpr uintptr_t kPageBytes = 4096;
 constexpr size_t kCachedPages = 1024;
 constexpr size_t kMaxShadowBytes = size_t{512} << 20;
-constexpr uint32_t kMaxAccesses = 1u << 28;  // of a thread between two collectives: an endless loop
+constexpr uint32_t kMaxAccesses = 1u << 26;  // of a thread between two collectives: an endless loop
 constexpr size_t kArenaBytes = 2 * kMaxSharedBytes;
 
 enum class Kind { read, write, atomic };
