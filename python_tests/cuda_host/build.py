@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -14,13 +13,16 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from gkt_fast.ops import registry
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -87,20 +89,17 @@ def native_module() -> ModuleType:
     return module
 
 
-def register(op: str) -> None:
+def register(op: str, functions: Callable[[ModuleType], Any]) -> None:
     """Adds the backend "cuda-host" of an op: its "cuda" backend on CPU tensors.
 
-    The op's module `gkt_fast.ops.<op>` has `cuda_functions(module)`, the functions of its CUDA backend over a
-    native module. It registers them over `native_cuda_module()`, this over `native_module()`.
+    Args:
+        op: name of the op.
+        functions: makes the object with the op's functions over a native module; the op's "cuda" backend is
+            `functions(native_cuda_module())`, this one is `functions(native_module())`.
     """
-    from gkt_fast.ops import registry
-
-    implementation = registry.find(op, "cuda")
-    functions = importlib.import_module(f"gkt_fast.ops.{op}").cuda_functions
+    dtypes = registry.find(op, "cuda").dtypes
     registry.register(
-        registry.Implementation(
-            op, "cuda-host", ("cpu",), implementation.dtypes, lambda: functions(native_module())
-        )
+        registry.Implementation(op, "cuda-host", ("cpu",), dtypes, lambda: functions(native_module()))
     )
 
 
