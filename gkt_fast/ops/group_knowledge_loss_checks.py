@@ -1,0 +1,107 @@
+"""Argument checks of `group_knowledge_loss`: errors name the argument, its value and what it must be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_class_indices", "check_hyperparameters", "check_streams", "check_tensors"]
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = {"groups": (0, None), "loops": (1, None), "ignore_index": (None, None)}
+_BOOLEANS = ("normalize_logits", "distill_ignored")
+_RANGES = {
+    "ema": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "temperature": (lambda x: 0 < x < math.inf, "positive and finite"),
+    "eps": (lambda x: 0 < x < math.inf, "positive and finite"),
+    "ce_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
+    "kd_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
+    "subnet_ce_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
+    "label_smoothing": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+}
+
+
+def check_hyperparameters(**values: object) -> None:
+    for name, value in values.items():
+        if name in _BOOLEANS:
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
+        elif name in _INTEGERS:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be an int")
+            least = _INTEGERS[name][0]
+            if least is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        else:
+            in_range, requirement = _RANGES[name]
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be a number")
+            if not in_range(value):
+                raise ValueError(f"{name} is {value}; it must be {requirement}")
+
+
+def check_streams(logits: Tensor, groups: int, loops: int) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}; it must be a tensor")
+    if logits.dim() < 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (S, B, C, *spatial)")
+    if logits.shape[0] != 1 + loops * groups:
+        raise ValueError(
+            f"logits has {logits.shape[0]} streams (its first dimension); it must have 1 + loops * groups = "
+            f"{1 + loops * groups} for loops={loops} and groups={groups}"
+        )
+
+
+def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim: int) -> None:
+    """Checks targets and logits, whose classes are at `class_dim`: 1 for one stream, 2 for several."""
+    for name, tensor in (("logits", logits), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"logits is {logits.dtype}; it must be float32, float64, bfloat16 or float16")
+    if logits.dim() <= class_dim:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C, *spatial)")
+    shape = logits.shape[class_dim - 1 :]
+    if shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must have at least one class")
+    if targets.device != logits.device:
+        raise ValueError(f"targets is on {targets.device}; it must be on {logits.device}, as logits is")
+    if targets.is_floating_point():
+        if targets.shape != shape:
+            raise ValueError(
+                f"targets has shape {tuple(targets.shape)}; class probabilities must have shape "
+                f"{tuple(shape)} for logits of shape {tuple(logits.shape)}"
+            )
+        if targets.requires_grad:
+            raise ValueError("targets requires gradients; the loss has none for it, so it must be detached")
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index is {ignore_index}; with class probabilities as targets it must be negative"
+            )
+        return
+    if targets.dtype != torch.int64:
+        raise TypeError(
+            f"targets is {targets.dtype}; it must be int64 (class indices) or floating point (probabilities)"
+        )
+    expected = shape[:1] + shape[2:]
+    if targets.shape != expected:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; class indices must have shape "
+            f"{tuple(expected)} for logits of shape {tuple(logits.shape)}"
+        )
+
+
+def check_class_indices(targets: Tensor, classes: int, ignore_index: int) -> None:
+    """Checks on the CPU by reading the values, elsewhere by a device-side assertion."""
+    if torch.compiler.is_compiling() or targets.device.type == "meta":
+        return
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
+    if targets.device.type != "cpu":
+        torch._assert_async(~wrong.any())
+    elif wrong.any():
+        raise ValueError(
+            f"targets has class index {targets[wrong][0].item()}; it must lie in [0, {classes}) or "
+            f"equal ignore_index={ignore_index}"
+        )
