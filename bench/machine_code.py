@@ -4,9 +4,9 @@
 
 Per kernel and architecture: registers, stack, accesses to local memory (spills), shared memory, occupancy,
 global loads and stores by bytes per thread ("4x16": four of 16 bytes), and the same of the inner loop: the
-innermost loop that moves most global memory, or the whole kernel where there is none. "256?" threads are assumed
-where a kernel has no __launch_bounds__. CUDA kernels' dynamic shared memory isn't known here. Kernels are found
-by convention: kernels/cuda/*.cu, and `aot_configurations()` of kernels/triton/*.py (see that package).
+innermost loop that moves most global memory, or the whole kernel where there is none. "256?" threads are
+assumed where a kernel has no __launch_bounds__. CUDA kernels' dynamic shared memory isn't known here. Kernels
+are found by convention: kernels/cuda/*.cu, and `aot_configurations()` of kernels/triton/*.py (see there).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Architecture:
     """What limits the resident blocks of a multiprocessor.
 
     Sources: for the numbers, "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++
-    Programming Guide; for the granularities and the formula of `occupancy`, the toolkit's cuda_occupancy.h; for
-    the 1 KiB of shared memory that the system takes from each block, the Ampere and Hopper tuning guides,
+    Programming Guide; for the granularities and the formula of `occupancy`, the toolkit's cuda_occupancy.h;
+    for the 1 KiB of shared memory that the system takes from each block, the Ampere and Hopper tuning guides,
     "Unified Shared Memory/L1/Texture Cache".
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -161,15 +162,16 @@ PLANTED = {
     "write_race": r"race .* write of 4 bytes .* in shared memory, which thread \(0, 0, 0\) wrote",
     "byte_race": r"race .* write of 1 bytes .* in shared memory, which thread \(0, 0, 0\) read",
     "block_race": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): .* in global memory, which thread "
-    r"\(32, 0, 0\) of block number 0 wrote",
+    r"\(32, 0, 0\) of block \(0, 0, 0\) wrote",
     "last_block": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): read .* in global memory, which thread "
-    r"\(0, 0, 0\) of block number 0 wrote",
+    r"\(0, 0, 0\) of block \(0, 0, 0\) wrote",
     "misaligned": r"misaligned access .* no multiple of 16 .*common.cuh:\d+",
     "overflow": r"arithmetic .* a product overflows 'int' at planted.cu:\d+",
     "float_atomic": r"order-dependent sum .* floating-point",
     "null_pointer": r"out of bounds .* write of 4 bytes at 0 ",
     "host_pointer": r"out of bounds .* a local variable of host code",
     "endless": r"endless loop .* \(planted.cu:\d+\)",
+    "tickets": r"out of bounds .* of a buffer of 512 bytes",
     "block_too_large": r"invalid launch of kernel .*barrier_kernel: block of \(2048, 1, 1\)",
 }
 
@@ -189,6 +191,31 @@ def test_planted_bug_is_reported_and_its_twin_passes(planted, name):
             else:
                 with pytest.raises(RuntimeError, match="^cuda-host: " + PLANTED[name]):
                     call(planted, name, address(x), address(y), False)
+
+
+@pytest.mark.parametrize("columns", [31, 1003])
+def test_order_of_blocks_and_threads_changes_no_bit(reductions, columns):
+    x = torch.randn(5, columns)
+    results = []
+    for reverse in (False, True):
+        statistics = unwritten(5, 6, dtype=torch.float32)
+        with build.last_first(reductions) if reverse else contextlib.nullcontext():
+            call(
+                reductions, "block_statistics", address(x), 0, 5, ctypes.c_int64(columns), 96, address(statistics)
+            )  # fmt: skip
+        results.append(statistics)
+    assert torch.equal(*results)
+
+
+def test_order_dependence_shows(planted):
+    results = []
+    for reverse in (False, True):
+        x, y = torch.zeros(128), torch.zeros(128)
+        with build.last_first(planted) if reverse else contextlib.nullcontext():
+            call(planted, "tickets", address(x), address(y), True)
+        results.append(y)
+    assert torch.equal(results[0], torch.arange(128.0))
+    assert torch.equal(results[1], torch.arange(128.0).flip(0))
 
 
 def test_unmapped_memory_is_reported_without_buffers(planted):

@@ -156,12 +156,12 @@ __device__ __forceinline__ Welford<T> shuffle_xor(Welford<T> value, int lanes) {
 }
 
 // Reduces over groups of Width neighbouring lanes; every lane gets its group's result. All 32 lanes
-// of the warp must call it.
+// of the warp must call it, and blockDim.x must be a multiple of Width.
 template <int Width = kWarpSize, class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   static_assert(Width >= 1 && Width <= kWarpSize && (Width & (Width - 1)) == 0,
                 "a power of two up to 32");
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int lanes = 1; lanes < Width; lanes *= 2) {
     const T other = shuffle_xor(value, lanes);

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,14 @@ ROOT = HERE.parents[1]
 INCLUDES = (HERE / "include", ROOT / "kernels" / "cuda", ROOT / "csrc")
 RUNTIME = tuple(sorted((HERE / "runtime").glob("*.cpp")))
 
-COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-g1", "-Wall", "-Wextra")
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-g1",
+    "-Werror=uninitialized",
+)
 # The sanitizers' calls end in runtime/memory.cpp and runtime/undefined.cpp, not in GCC's libraries.
 KERNEL_FLAGS = (
     *("-x", "c++", "-O1", "-Wno-unknown-pragmas"),
@@ -44,9 +52,14 @@ class CompilationError(RuntimeError):
 
 def missing_tools() -> str | None:
     """Why nothing can be compiled here; None when it can."""
-    compiler = _compiler()
+    if sys.platform != "linux":
+        return f"the runtime is written for Linux, not {sys.platform}"
+    compiler = shutil.which("g++")
     if compiler is None:
-        return "no g++ on PATH"
+        return "g++ is not on PATH"
+    version = _run([compiler, "-dumpversion"]).strip()
+    if int(version.split(".")[0]) < 11:
+        return f"g++ is {version}; it must be 11 or newer"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     return None
@@ -115,6 +128,22 @@ def only_buffers(library: ctypes.CDLL, *tensors: torch.Tensor) -> Iterator[None]
         library.cuda_host_set_buffers(None, None, 0)
 
 
+@contextmanager
+def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
+    """Kernels launched in this block run their last block, warp and lane first, which must not change a bit.
+
+    Args:
+        library: what `load_library` or `native_module` returned.
+    """
+    if isinstance(library, ModuleType):
+        library = ctypes.CDLL(library.__file__)
+    library.cuda_host_set_last_first(1)
+    try:
+        yield
+    finally:
+        library.cuda_host_set_last_first(0)
+
+
 def address_sanitizer_environment() -> dict[str, str]:
     """The environment of a subprocess whose allocations have red zones, which the runtime then checks.
 
@@ -123,7 +152,7 @@ def address_sanitizer_environment() -> dict[str, str]:
     """
     # libasan looks for the real __cxa_throw when it starts, so libstdc++ has to be there already.
     libraries = [
-        _run([_compiler(), f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
+        _run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
     ]
     for library in libraries:
         if not Path(library).is_absolute():
@@ -139,13 +168,9 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++")
-
-
 @functools.cache
 def _compiler_version() -> str:
-    return _run([_compiler(), "--version"])
+    return _run(["g++", "--version"])
 
 
 @functools.cache
@@ -197,7 +222,7 @@ def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     flags = [*_flags(source), *(f"-D{name}" for name in define)]
     target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
     if not target.exists():
-        _produce(target, [_compiler(), *flags, "-c", str(source)])
+        _produce(target, ["g++", *flags, "-c", str(source)])
     return target
 
 
@@ -207,7 +232,7 @@ def _link(objects: Sequence[Path], stem: str, flags: Sequence[str] = ()) -> Path
         # The runtime comes first: its uninstrumented copies of inline functions are the ones that stay.
         _produce(
             target,
-            [_compiler(), "-shared", "-Wl,-Bsymbolic", *flags, *map(str, objects), "-ldl", "-lpthread"],
+            ["g++", "-shared", "-Wl,-Bsymbolic", *flags, *map(str, objects), "-ldl", "-lpthread"],
         )
     return target
 

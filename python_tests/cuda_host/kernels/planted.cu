@@ -150,6 +150,11 @@ __global__ void endless_kernel(float* y, bool correct) {
   for (int i = 0; correct ? i < 10 : y[threadIdx.x] < 1; ++i) y[threadIdx.x] = 0;
 }
 
+__global__ void ticket_kernel(unsigned* counter, float* y, bool correct) {
+  const unsigned ticket = atomicAdd(counter, 1u);
+  y[blockIdx.x * blockDim.x + threadIdx.x + (correct ? 0 : 128)] = ticket;
+}
+
 __global__ void host_pointer_kernel(const int* count, float* y) { y[threadIdx.x] = *count; }
 
 }  // namespace
@@ -188,6 +193,8 @@ PLANTED(overflow, launch<overflow_kernel>(1, 64, 0, nullptr, y, 50000, correct))
 PLANTED(float_atomic, launch<float_atomic_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(null_pointer, launch<null_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(endless, launch<endless_kernel>(1, 32, 0, nullptr, y, correct))
+PLANTED(tickets,
+        launch<ticket_kernel>(2, 64, 0, nullptr, reinterpret_cast<unsigned*>(x), y, correct))
 PLANTED(host_pointer, {
   const int count = 3;
   if (!correct) launch<host_pointer_kernel>(1, 64, 0, nullptr, &count, y);

@@ -47,7 +47,8 @@ cuda_host_switch:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmpq *%rcx
 .size cuda_host_switch, . - cuda_host_switch
 )");
 extern "C" void cuda_host_switch(void** save, void* load) __attribute__((visibility("hidden")));
@@ -55,7 +56,9 @@ extern "C" void cuda_host_switch(void** save, void* load) __attribute__((visibil
 static void* scheduler_stack_pointer = nullptr;
 
 void start_fiber(Thread& thread, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(thread.stack_low + kStackBytes - 56);
+  // Different tops keep the stacks out of the same cache sets.
+  const size_t colour = static_cast<size_t>(thread.number) * 832 % (kStackBytes / 4);
+  void** top = reinterpret_cast<void**>(thread.stack_low + kStackBytes - 56 - colour);
   *top = nullptr;  // where a call would leave its return address
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;

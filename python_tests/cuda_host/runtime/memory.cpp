@@ -63,7 +63,8 @@ Page* page_cache[kCachedPages];
 size_t shadow_bytes = 0;
 
 uint32_t interval = 0, launch_first = 0, block_first = 0;
-std::vector<uint32_t> block_starts;  // first interval of each block of this launch
+std::vector<uint32_t> block_starts;  // first interval of each block of this launch, as they ran
+std::vector<uint3> block_indices;
 
 // Ordering between blocks: a block that fences and then updates an atomic releases what it wrote; a
 // block that updates an atomic later acquires it.
@@ -250,7 +251,7 @@ void add_reader(Access& read, const Thread& thread, uint32_t site) {
 
 std::string other_access(const Access& earlier, const char* verb) {
   std::string who = "thread " + thread_name(earlier.thread & kNumber);
-  if (is_other_block(earlier)) who += " of block number " + std::to_string(block_of(earlier));
+  if (is_other_block(earlier)) who += " of block " + triple(block_indices[block_of(earlier)]);
   return who + " " + verb + " (" + source_line(earlier.site) + ")";
 }
 
@@ -345,6 +346,7 @@ void begin_launch_memory() {
   host_stack_high = host_stack_low + bytes;
   launch_first = ++interval;
   block_starts.clear();
+  block_indices.clear();
   released.clear();
   atomic_clock = 0;
 }
@@ -352,6 +354,7 @@ void begin_launch_memory() {
 void begin_block_memory() {
   block_first = ++interval;
   block_starts.push_back(interval);
+  block_indices.push_back(current_launch.block_index);
   released.push_back(0);
   unwritten.clear();
   acquired = 0;

@@ -52,6 +52,7 @@ extern Launch current_launch;
 // Records the first violation of a launch, then leaves the running fiber for good if there is one.
 void report(const std::string& kind, const std::string& detail);
 bool has_violation();
+std::string triple(uint3 index);
 std::string thread_name(int number);
 std::string site_name(Site site);
 

@@ -21,6 +21,7 @@ std::string violation;    // the first of this launch
 thread_local std::string pending_error;
 thread_local bool in_launch = false;
 Thread threads[kMaxThreads];
+bool last_first = false;  // the order of blocks, of a block's warps and of a warp's lanes
 
 const char* name_of(Collective kind) {
   switch (kind) {
@@ -45,10 +46,6 @@ const char* name_of(Collective kind) {
 
 bool is_shuffle(Collective kind) { return kind <= Collective::shuffle_down; }
 
-std::string triple(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
 std::string hex(unsigned value) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%08x", value);
@@ -70,9 +67,13 @@ std::string whereabouts(const Thread& thread) {
   }
 }
 
+bool is_same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
 bool at_same_collective(const Thread& a, const Thread& b) {
   return b.state == State::in_warp_collective && a.kind == b.kind && a.mask == b.mask &&
-         a.site.line == b.site.line && std::strcmp(a.site.file, b.site.file) == 0;
+         is_same(a.site, b.site);
 }
 
 // The lane of its warp that a shuffle reads; its own where CUDA says the value stays.
@@ -154,8 +155,10 @@ bool resolve_collective(Thread* warp, int lanes, Thread& first) {
 }
 
 void run_ready_lanes(Thread* warp, int lanes) {
-  for (int lane = 0; lane < lanes && !has_violation(); ++lane)
-    if (warp[lane].state == State::ready) run_fiber(warp[lane]);
+  for (int i = 0; i < lanes && !has_violation(); ++i) {
+    Thread& thread = warp[last_first ? lanes - 1 - i : i];
+    if (thread.state == State::ready) run_fiber(thread);
+  }
 }
 
 // Runs a warp until all its lanes have exited or wait at a block barrier.
@@ -196,8 +199,7 @@ bool resolve_barrier(int count) {
   for (int i = 0; i < count; ++i) {
     const Thread& thread = threads[i];
     const bool together = thread.state == State::in_block_barrier && thread.kind == waiting->kind &&
-                          thread.site.line == waiting->site.line &&
-                          std::strcmp(thread.site.file, waiting->site.file) == 0;
+                          is_same(thread.site, waiting->site);
     if (!together) {
       report("divergent barrier", "__syncthreads at " + site_name(waiting->site) + " by thread " +
                                       thread_name(waiting->number) + " is not reached by thread " +
@@ -241,9 +243,12 @@ void run_block() {
         start_fiber(thread, &fiber_entry);
       }
   begin_block_memory();
+  const int warps = (count + kWarp - 1) / kWarp;
   do {
-    for (int first = 0; first < count && !has_violation(); first += kWarp)
+    for (int i = 0; i < warps && !has_violation(); ++i) {
+      const int first = (last_first ? warps - 1 - i : i) * kWarp;
       run_warp(threads + first, std::min(kWarp, count - first));
+    }
   } while (!has_violation() && resolve_barrier(count));
 }
 
@@ -274,6 +279,11 @@ std::string kernel_name(const std::string& name) {
 }  // namespace
 
 bool has_violation() { return !violation.empty(); }
+
+std::string triple(uint3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
 
 std::string thread_name(int number) { return triple(threads[number].index); }
 
@@ -375,12 +385,14 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entr
   }
   begin_launch_memory();
   in_launch = true;
-  for (unsigned z = 0; z < grid.z && !has_violation(); ++z)
-    for (unsigned y = 0; y < grid.y && !has_violation(); ++y)
-      for (unsigned x = 0; x < grid.x && !has_violation(); ++x) {
-        current_launch.block_index = {x, y, z};
-        run_block();
-      }
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks && !has_violation(); ++i) {
+    const uint64_t block_number = last_first ? blocks - 1 - i : i;
+    current_launch.block_index = {static_cast<unsigned>(block_number % grid.x),
+                                  static_cast<unsigned>(block_number / grid.x % grid.y),
+                                  static_cast<unsigned>(block_number / grid.x / grid.y)};
+    run_block();
+  }
   in_launch = false;
   pending_error = violation;
 }
@@ -393,3 +405,8 @@ void raise_pending_error() {
 }
 
 }  // namespace cuda_host
+
+// Later launches run their last block, warp and lane first: a right kernel gives the same bits.
+extern "C" __attribute__((visibility("default"))) void cuda_host_set_last_first(int value) {
+  cuda_host::last_first = value != 0;
+}
