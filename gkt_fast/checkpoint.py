@@ -81,9 +81,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} can't be read as a checkpoint; it may be cut off or damaged ({reason})"
-        ) from error
+        raise CheckpointError(f"{path} can't be read; it may be cut off or damaged ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is not a gkt_fast checkpoint of format {FORMAT} (found {found!r})")

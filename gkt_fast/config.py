@@ -82,6 +82,8 @@ class GKTConfig:
         for name in ("normalize_logits", "distill_ignored"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not isinstance(self.sampler, str):
+            raise TypeError(f"sampler is {self.sampler!r}; it must be a string")
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
@@ -95,8 +97,10 @@ class GKTConfig:
             )
         if self.subnets is None:
             return
-        if not isinstance(self.subnets, Sequence) or isinstance(self.subnets, str):
-            raise TypeError(f"subnets is {self.subnets!r}; it must be a sequence of depths")
+        if not _is_sequence(self.subnets) or not all(map(_is_sequence, self.subnets)):
+            raise TypeError(
+                f"subnets is {self.subnets!r}; it must be a sequence of depths, each with one number per stage"
+            )
         subnets = tuple(_depths("subnets", tuple(depths)) for depths in self.subnets)
         if len(subnets) not in (self.groups, self.groups * self.loops):
             raise ValueError(
@@ -127,7 +131,7 @@ class GKTConfig:
             ValueError: a key is unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known, key=str)
         if unknown:
             raise ValueError(f"unknown keys {unknown}; known are {sorted(known)}")
         return cls(**{key: _tuples(value) for key, value in values.items()})
@@ -170,6 +174,10 @@ def _check_number(
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _depths(name: str, value: object) -> int | tuple[int, ...]:

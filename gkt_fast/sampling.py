@@ -34,7 +34,10 @@ def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> lis
 
     Raises:
         ValueError: min_depth or the fixed subnets don't fit the stages, or the sampler is unknown.
+        TypeError: step is not an integer.
     """
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step is {step!r}; it must be an integer")
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[config.sampler]

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 __all__ = [
     "BatchStatistics",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 
+_set_aside: WeakKeyDictionary[_NormBase, dict[str, Tensor | None]] = WeakKeyDictionary()
+"""The buffers of the layers that are frozen now."""
+
+
 class BatchStatistics(NamedTuple):
     """What one call of a layer saw: mean and unbiased variance, each (C,)."""
 
@@ -34,26 +39,30 @@ class BatchStatistics(NamedTuple):
 
 
 def tracking_layers(model: nn.Module) -> list[_NormBase]:
-    """The normalisation layers that update running statistics now: in training mode, with statistics to track."""
+    """The normalisation layers that update running statistics now: in training mode, with statistics to track.
+
+    Layers that a failed backward left frozen are put in order first.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    _thaw(layers)
     return [
-        module
-        for module in model.modules()
-        if isinstance(module, _NormBase)
-        and module.training
-        and module.track_running_stats
-        and module.running_mean is not None
+        layer
+        for layer in layers
+        if layer.training
+        and layer.track_running_stats
+        and layer.running_mean is not None
+        and (layer.momentum is not None or isinstance(layer, _BatchNorm))
     ]
 
 
 @contextmanager
 def frozen_statistics(layers: Iterable[_NormBase]) -> Iterator[None]:
     """The layers still use their batch's statistics, but don't update the running ones."""
-    layers = list(layers)
-    _set_tracking(layers, False)
+    frozen = _freeze(layers)
     try:
         yield
     finally:
-        _set_tracking(layers, True)
+        _thaw(frozen)
 
 
 def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
@@ -62,8 +71,8 @@ def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
         return
 
     def freeze(gradient: Tensor) -> None:
-        _set_tracking(layers, False)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_tracking(layers, True))
+        frozen = _freeze(layers)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _thaw(frozen))
 
     loss.register_hook(freeze)
 
@@ -100,7 +109,7 @@ def record_statistics(layers: Iterable[_NormBase]) -> Iterator[list[BatchStatist
 def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
     """Applies the updates in order: r <- (1 - momentum) r + momentum * statistic; momentum None averages all."""
     for layer, mean, variance in updates:
-        if layer.num_batches_tracked is not None:
+        if isinstance(layer, _BatchNorm):
             layer.num_batches_tracked.add_(1)
         factor = (
             layer.momentum if layer.momentum is not None else 1.0 / layer.num_batches_tracked.to(mean.dtype)
@@ -109,6 +118,21 @@ def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
             running.mul_(1.0 - factor).add_(statistic * factor)
 
 
-def _set_tracking(layers: Iterable[_NormBase], tracking: bool) -> None:
+def _freeze(layers: Iterable[_NormBase]) -> list[_NormBase]:
+    """Gives the layers copies of their buffers to write to; returns those that were not frozen already.
+
+    Copies, and not `track_running_stats = False`: a checkpointed layer must save as many tensors when it is
+    recomputed as it did the first time.
+    """
+    frozen = [layer for layer in layers if layer not in _set_aside]
+    for layer in frozen:
+        _set_aside[layer] = dict(layer._buffers)
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = None if buffer is None else buffer.clone()
+    return frozen
+
+
+def _thaw(layers: Iterable[_NormBase]) -> None:
+    """Gives the frozen ones among the layers their own buffers again."""
     for layer in layers:
-        layer.track_running_stats = tracking
+        layer._buffers.update(_set_aside.pop(layer, {}))

@@ -8,12 +8,13 @@ parameters multiplies the sum by its `grad_output`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from .step import tensors_in
 
@@ -31,21 +32,37 @@ class GradientSum:
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], loss_scale: float | Tensor | None) -> None:
         self.enabled = torch.is_grad_enabled()
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad} if self.enabled else {}
-        self._aliases = {name: parameter.detach().requires_grad_() for name, parameter in named.items()}
+        parameters = [p for p in model.parameters() if p.requires_grad] if self.enabled else []
+        aliases = {id(parameter): parameter.detach().requires_grad_() for parameter in parameters}
+        self._places = [
+            (module._parameters, name, parameter, aliases[id(parameter)])
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in aliases
+        ]
         wanted = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad and self.enabled]
         self._input_aliases = {id(tensor): tensor.detach().requires_grad_() for tensor in wanted}
-        self.sources = [*named.values(), *wanted]
-        self._leaves = [*self._aliases.values(), *self._input_aliases.values()]
+        self.sources = [*parameters, *wanted]
+        self._leaves = [*aliases.values(), *self._input_aliases.values()]
         self._gradients: list[Tensor | None] = [None] * len(self._leaves)
         self.loss_scale = loss_scale
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The model's forward on the aliases."""
         inputs = tuple(self._input_aliases.get(id(value), value) for value in inputs)
-        if not self._aliases:
+        with self._aliased():
             return model(*inputs)
-        return functional_call(model, self._aliases, inputs)
+
+    @contextmanager
+    def _aliased(self) -> Iterator[None]:
+        """The aliases stand in the parameters' places (tied modules and tied parameters included)."""
+        try:
+            for parameters, name, _, alias in self._places:
+                parameters[name] = alias
+            yield
+        finally:
+            for parameters, name, parameter, _ in self._places:
+                parameters[name] = parameter
 
     def add(self, loss: Tensor) -> None:
         """Backward of one stream's loss; adds its gradients to the sum."""

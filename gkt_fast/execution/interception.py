@@ -7,7 +7,7 @@ is left behind, and a module that stands in two places has one stand-in for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..subnet import Stage
 
-__all__ = ["Call", "Site", "find_sites", "intercept"]
+__all__ = ["Call", "Site", "check_called", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -48,7 +48,11 @@ class Site:
 
 
 def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
-    """The blocks, and every outermost module that neither is a block nor contains one (stem, transitions, head)."""
+    """The blocks, and every outermost module that neither is a block nor contains one (stem, transitions, head).
+
+    Raises:
+        ValueError: two blocks are one place, because their container stands in the model twice.
+    """
     blocks = {path for stage in stages for path in stage.blocks}
     ancestors = {""}
     for path in blocks:
@@ -61,16 +65,36 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
     def visit(module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             child_path = f"{path}.{name}" if path else name
-            if child is None or (id(module), name) in seen:
+            if child is None:
                 continue
             if child_path in ancestors and child_path not in blocks:
                 visit(child, child_path)
-            else:
+            elif (id(module), name) not in seen:
                 seen.add((id(module), name))
                 sites.append(Site(len(sites), child_path, child_path in blocks))
 
     visit(model, "")
+    hidden = sorted(blocks - {site.path for site in sites})
+    if hidden:
+        raise ValueError(
+            f"stages names {hidden[0]!r}, which is the same place as another block: its container stands in the model "
+            "twice. Build two containers that hold the same blocks"
+        )
     return sites
+
+
+def check_called(sites: Iterable[Site], called: Container[str]) -> None:
+    """Checks that the model's forward called blocks at the places where they can be intercepted.
+
+    Raises:
+        ValueError: it called none of them.
+    """
+    blocks = [site.path for site in sites if site.is_block]
+    if not any(path in called for path in blocks):
+        raise ValueError(
+            f"stages names {', '.join(map(repr, blocks[:3]))}{', ...' if len(blocks) > 3 else ''}, but the model's "
+            "forward did not call any of them through its parent module, so that none can be dropped"
+        )
 
 
 class _StandIn:

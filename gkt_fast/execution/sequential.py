@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import GroupKnowledge
 from .batch_norm import frozen_statistics, tracking_layers
 from .gradients import GradientSum, deliver
-from .interception import Site, intercept
+from .interception import Site, check_called, intercept
 from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams, knowledge_options
 
@@ -55,12 +55,13 @@ def run_sequential(
         ):
             logits = logits_of(gradients.run(network.model, inputs))
         if stream == 0:
+            check_called(blocks, network.returns)
             term = knowledge.full(logits, targets)
-            loss = config.ce_weight * term
+            loss = _weighted(config.ce_weight, term)
             full_logits = logits.detach()
         else:
             term = knowledge.subnet(logits, targets, streams.group(stream))
-            loss = config.kd_weight * term
+            loss = _weighted(config.kd_weight, term)
             if config.subnet_ce_weight:
                 loss = loss + config.subnet_ce_weight * knowledge.cross_entropy(logits, targets)
         with frozen_statistics(layers):
@@ -68,3 +69,8 @@ def run_sequential(
         terms.append(term.detach())
         total = loss.detach() if total is None else total + loss.detach()
     return StepResult(deliver(total, gradients), torch.stack(terms), full_logits)
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """The weighted term; with weight 0 it counts nothing, even where it is not a number."""
+    return weight * term if weight else 0.0 * term.nan_to_num(0.0, 0.0, 0.0)

@@ -16,7 +16,7 @@ from .batch_norm import (
     tracking_layers,
     update_running_statistics,
 )
-from .interception import intercept
+from .interception import check_called, intercept
 from .states import States, logits_of
 from .step import Network, StepResult, Streams, knowledge_options
 
@@ -40,10 +40,13 @@ def run_shared(
             with intercept(network.model, network.sites, states.call):
                 states.begin_stream(streams.dropped[0])
                 logits = [logits_of(network.model(*inputs))]
+                states.end_stream()
+                check_called(network.sites, network.returns)
                 with nullcontext() if every_stream_counts else frozen_statistics(layers):
                     for dropped in streams.dropped[1:]:
                         states.begin_stream(dropped)
                         logits.append(logits_of(network.model(*inputs)))
+                        states.end_stream()
         finally:
             states.close()
     for updates in states.stream_statistics:

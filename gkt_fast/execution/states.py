@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .interception import Site
 
@@ -28,12 +29,12 @@ class SharedStateError(RuntimeError):
 class _State:
     """An activation: what the last layer returned, and the states reached from here."""
 
-    __slots__ = ("children", "has_block", "output", "statistics", "version")
+    __slots__ = ("children", "output", "past_stem", "statistics", "versions")
 
-    def __init__(self, output: Any, has_block: bool, statistics: list) -> None:
+    def __init__(self, output: Any, past_stem: bool, statistics: list) -> None:
         self.output = output
-        self.version = output._version if isinstance(output, Tensor) else 0
-        self.has_block = has_block
+        self.versions = _versions(output)
+        self.past_stem = past_stem
         self.statistics = statistics
         self.children: dict[int, _State] = {}
 
@@ -53,6 +54,8 @@ class States:
         self.returns = returns
         self.statistics = statistics
         self.root = self.state = _State(None, False, [])
+        self.path: list[_State] = []
+        self.past_stem = False
         self.dropped: frozenset[str] = frozenset()
         self.stream_statistics: list[list] = []
         self.active = True
@@ -61,17 +64,31 @@ class States:
         """Starts at the input again; blocks at the paths in `dropped` are skipped."""
         self.dropped = dropped
         self.state = self.root
+        self.path = []
+        self.past_stem = False
         self.stream_statistics.append([])
+
+    def end_stream(self) -> None:
+        """Checks that the stream left every activation that others may read as it was.
+
+        Raises:
+            SharedStateError: the model changed one in place.
+        """
+        for state in self.path:
+            if state.past_stem:
+                _check_untouched(state, "after it left a block")
 
     def close(self) -> None:
         """Lets go of the activations. Later calls (a recomputation during backward) just run the module."""
         self.active = False
         self.root = self.state = _State(None, False, [])
+        self.path = []
 
     def call(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call of the layer at `site`; the handler for `intercept`."""
         if not self.active:
             return module(*args, **kwargs)
+        self.past_stem = self.past_stem or site.is_block
         if site.path in self.dropped:
             return skip_block(site.path, self.returns.get(site.path, 0), args, kwargs)
         child = self.state.children.get(site.index)
@@ -79,30 +96,30 @@ class States:
             child = self._execute(site, module, args, kwargs)
             self.state.children[site.index] = child
         self.state = child
+        self.path.append(child)
         self.stream_statistics[-1].extend(child.statistics)
         return child.output
 
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
-        self._check_untouched(site, args)
+        _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
-        # Before the first block nothing branches off, so that a stem may write into its own activations.
-        if site.is_block or self.state.has_block:
+        # Before the first block, kept or dropped, streams don't part: modules of the stem may write into their inputs.
+        if self.past_stem:
             output = self._execute_watched(site, module, args, kwargs)
         else:
             output = module(*args, **kwargs)
         if site.is_block:
             self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
-        return _State(output, site.is_block or self.state.has_block, self.statistics[before:])
+        return _State(output, self.past_stem, self.statistics[before:])
 
     def _execute_watched(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         writes = self.writes_input.get(site.path)
         if writes is not False:
-            args = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
-            kwargs = {key: arg.clone() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
-        inputs = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        versions = [tensor._version for tensor in inputs]
+            args, kwargs = _copy((args, kwargs))
+        inputs = tree_leaves((args, kwargs))
+        versions = _versions(inputs)
         output = module(*args, **kwargs)
-        written = any(tensor._version != version for tensor, version in zip(inputs, versions, strict=True))
+        written = _versions(inputs) != versions
         if writes is None:
             self.writes_input[site.path] = written
         elif written and not writes:
@@ -112,14 +129,31 @@ class States:
             )
         return output
 
-    def _check_untouched(self, site: Site, args: tuple) -> None:
-        state = self.state
-        if state.has_block and isinstance(state.output, Tensor) and state.output._version != state.version:
-            raise SharedStateError(
-                f"the model changed an activation in place between two blocks, before {site.path!r} "
-                "(for example x += y, or an in-place activation outside any module); streams share that activation. "
-                "Use execution='sequential', or make that operation out of place"
-            )
+
+def _check_untouched(state: _State, where: str) -> None:
+    if _versions(state.output) != state.versions:
+        raise SharedStateError(
+            f"the model changed an activation in place outside its blocks, {where} "
+            "(for example x += y, or an in-place activation outside any module); streams share that activation. "
+            "Use execution='sequential', or make that operation out of place"
+        )
+
+
+def _versions(values: Any) -> list[int]:
+    """How often each tensor in nested tuples, lists and dicts was written to."""
+    return [leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _copy(values: Any) -> Any:
+    """Copies the tensors in nested tuples, lists and dicts; what was one tensor stays one tensor."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    return tree_map_only(Tensor, copy, values)
 
 
 def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
