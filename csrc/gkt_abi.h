@@ -11,9 +11,39 @@ enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16
 // GKT_OK or the reason; gkt_last_error() has the text, per thread.
 enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2 };
 
+// An activation seen as (batch, channel, position), positions being all spatial places. Strides in
+// elements.
+struct gkt_activation {
+  void* data;
+  int64_t batch_stride, channel_stride, position_stride;
+};
+
+// ghost_batch_norm. Statistics and parameters are float, or double for double activations;
+// statistics are (3, ghosts, channels): mean, what rounding took from the mean, biased variance.
+// channels_last: channel_stride is 1 and batch_stride is positions * position_stride; otherwise
+// position_stride is 1. `mask` has one bit per element, 1 where the gradient passes the ReLU: rows
+// of ceil(length / 8) bytes, lowest bit first, one per (batch, position) of length channels in
+// channels_last, else one per (batch, channel) of length positions; unused bits are 0.
+struct gkt_ghost_batch_norm_params {
+  struct gkt_activation x, residual, y, grad_y, grad_x, grad_residual;
+  uint8_t* mask;        // null without ReLU
+  const void* weight;   // (channels), null for 1
+  const void* bias;     // (channels), null for 0
+  void* statistics;     // in when use_running, else out of the forward pass and into the backward
+  const uint8_t* keep;  // (ghosts), null for all
+  void* grad_weight;    // (channels)
+  void* grad_bias;      // (channels)
+  int64_t ghosts, ghost_rows, channels, positions;
+  double eps;
+  int32_t dtype, channels_last, relu, use_running;
+};
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+int gkt_ghost_batch_norm_fwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
+int gkt_ghost_batch_norm_bwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
 
 const char* gkt_last_error(void);
 
