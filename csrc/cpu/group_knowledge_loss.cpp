@@ -93,6 +93,7 @@ void group_knowledge_loss_run(const Params& p, const GroupKnowledgeLossPlan& pla
 
 #if defined(GKT_ISA_baseline)
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -119,6 +120,7 @@ void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&, const Grou
 namespace {
 
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kLogitsPerThread = 16384;  // fewer are done sooner than a thread wakes up
 
 struct Free {
   void operator()(char* pointer) const { std::free(pointer); }
@@ -203,7 +205,8 @@ void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads)
   plan.chunks = rows < kMaxChunks ? rows : kMaxChunks;
   plan.ce_rows = static_cast<double>(counted);
   plan.kd_rows = static_cast<double>(p.distill_ignored ? rows : counted);
-  plan.threads = threads < plan.chunks ? threads : static_cast<int>(plan.chunks);
+  const int64_t useful = 1 + p.streams * rows * p.classes / kLogitsPerThread;
+  plan.threads = static_cast<int>(std::min({int64_t{threads}, useful, plan.chunks}));
   std::vector<double> sums(static_cast<size_t>(plan.chunks * (p.streams + 1)));
   plan.sums = sums.data();
   if (rows > 0) {

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import group_knowledge_loss_native, registry
 from .group_knowledge_loss_checks import (
+    FLOAT_DTYPES,
     check_class_indices,
     check_hyperparameters,
     check_streams,
@@ -231,23 +233,141 @@ def group_knowledge_loss(
         ValueError: a shape, device, hyper-parameter or class index is wrong. On a GPU a class index out of
             range is a device-side assertion instead, since reading it here would stall the device.
     """
-    return group_knowledge_loss_reference(
-        logits,
-        targets,
-        groups=groups,
-        loops=loops,
-        ema=ema,
-        temperature=temperature,
-        normalize_logits=normalize_logits,
-        eps=eps,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        subnet_ce_weight=subnet_ce_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        distill_ignored=distill_ignored,
-    )
+    options = {
+        "ema": ema,
+        "temperature": temperature,
+        "normalize_logits": normalize_logits,
+        "eps": eps,
+        "ce_weight": ce_weight,
+        "kd_weight": kd_weight,
+        "subnet_ce_weight": subnet_ce_weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "distill_ignored": distill_ignored,
+    }
+    check_hyperparameters(groups=groups, loops=loops, **options)
+    check_streams(logits, groups, loops)
+    check_tensors(logits, targets, ignore_index, class_dim=2)
+    if _runs_in_plain_torch(logits.device.type, logits.dtype):
+        return group_knowledge_loss_reference(logits, targets, groups=groups, loops=loops, **options)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not with_gradient:
+        op = torch.ops.gkt_fast.group_knowledge_loss.default
+    elif torch._C._are_functorch_transforms_active():
+        op = _DifferentiatedUnderTransforms.apply
+    else:
+        op = _Differentiated.apply
+    loss, terms, _ = op(logits, targets, groups, *options.values(), with_gradient)
+    return loss, terms
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _runs_in_plain_torch(device: str, dtype: torch.dtype) -> bool:
+    """Whether autograd differentiates the reference; torch.compile asks once, when it traces."""
+    return registry.select("group_knowledge_loss", device, dtype) is _PLAIN_TORCH
+
+
+_PLAIN_TORCH = object()
+
+registry.register(
+    registry.Implementation("group_knowledge_loss", "torch", (), FLOAT_DTYPES, lambda: _PLAIN_TORCH)
+)
+registry.register(
+    registry.Implementation(
+        "group_knowledge_loss", "cpp", ("cpu",), FLOAT_DTYPES, group_knowledge_loss_native.load_cpp
+    )
+)
+
+torch.library.define(
+    "gkt_fast::group_knowledge_loss",
+    "(Tensor logits, Tensor targets, int groups, float ema, float temperature, bool normalize_logits, float eps, "
+    "float ce_weight, float kd_weight, float subnet_ce_weight, int ignore_index, float label_smoothing, "
+    "bool distill_ignored, bool with_gradient) -> (Tensor loss, Tensor terms, Tensor gradient)",
+)
+
+
+@torch.library.impl("gkt_fast::group_knowledge_loss", ("cpu", "cuda"))
+def _forward(logits: Tensor, targets: Tensor, groups: int, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+    backend = registry.select("group_knowledge_loss", logits.device.type, logits.dtype)
+    return backend(logits, targets, groups, *options)
+
+
+@torch.library.register_fake("gkt_fast::group_knowledge_loss")
+def _fake_forward(
+    logits: Tensor, targets: Tensor, groups: int, *options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient = options[-1]
+    dtype = _compute_dtype(logits)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(logits.shape[0], dtype=dtype),
+        torch.empty_like(logits) if with_gradient else logits.new_empty(0),
+    )
+
+
+_TWICE = "group_knowledge_loss can't be differentiated twice; group_knowledge_loss_reference can"
+
+
+def _keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, terms, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(terms)
+    ctx.save_for_backward(gradient)
+
+
+def _keep_constant_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep_gradient(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scale_gradient(ctx, grad_loss: Tensor | None, *_: None) -> tuple:
+    (gradient,) = ctx.saved_tensors
+    return (None if grad_loss is None else gradient * grad_loss, *[None] * 13)
+
+
+torch.library.register_autograd(
+    "gkt_fast::group_knowledge_loss", _scale_gradient, setup_context=_keep_constant_gradient
+)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The op with autograd for eager mode.
+
+    The gradient, the op's third output, stays differentiable: differentiating twice then arrives in `backward` as a
+    gradient of that output and is refused, instead of being taken for zero.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.ops.gkt_fast.group_knowledge_loss.default(*inputs)
+        _keep_gradient(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> tuple:
+        if grad_gradient is not None:
+            raise RuntimeError(_TWICE)
+        # On the CPU reading the factor costs nothing, and the usual 1 saves a pass over the gradient.
+        if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+            return (*ctx.saved_tensors, *[None] * 13)
+        return _scale_gradient(ctx, grad_loss)
+
+
+class _DifferentiatedUnderTransforms(torch.autograd.Function):
+    """The same in the form that torch.func's transforms ask for, which costs more per call."""
+
+    forward = staticmethod(torch.ops.gkt_fast.group_knowledge_loss.default)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _keep_gradient(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> tuple:
+        if grad_gradient is not None:
+            raise RuntimeError(_TWICE)
+        return _scale_gradient(ctx, grad_loss)
