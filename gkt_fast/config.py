@@ -1,0 +1,187 @@
+"""The hyper-parameters of Group Knowledge based Training. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig"]
+
+EXECUTIONS = ("auto", "sequential", "shared")
+BATCH_NORM_POLICIES = ("full", "sequential")
+
+
+@dataclass(frozen=True)
+class GKTConfig:
+    """How a network is trained together with its subnets.
+
+    The paper's coefficients are not public: defaults marked *reconstructed* are ours.
+
+    Args:
+        groups: number of nested levels below the full network, G >= 0. 0 is plain training.
+        loops: number of chains full -> group 1 -> ... -> group G in a step, L >= 1 (reconstructed).
+        decay: beta in (0, 1] of the sampler `inherit_decay`: each block fewer than the parent's multiplies the
+            probability by beta (reconstructed).
+        min_depth: fewest blocks an ordered subnet keeps in a stage; one number, or one per stage.
+        ema: weight of a group's earlier knowledge when a further loop visits it, in [0, 1] (reconstructed).
+        temperature: of the soft labels, > 0.
+        normalize_logits: distil standardised logits (each sample's logits with zero mean, unit variance).
+        ce_weight: weight of the full network's cross entropy.
+        kd_weight: weight of the sum of the subnets' distillation terms (reconstructed).
+        subnet_ce_weight: weight of the subnets' own cross entropy.
+        sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.sampling).
+        drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
+        subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
+        batch_norm: `full`: only the full network updates running statistics. `sequential`: every stream does, in order.
+        execution: `shared` runs every distinct activation once, `sequential` one stream after another,
+            `auto` chooses (gkt_fast.execution).
+        label_smoothing: of the cross entropy, in [0, 1].
+        ignore_index: class index that marks rows without a label.
+        distill_ignored: whether rows without a label are distilled.
+        seed: of the sampler; the same seed and step give the same subnets in every process.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+        TypeError: a value is of the wrong type.
+    """
+
+    groups: int = 3
+    loops: int = 1
+    decay: float = 0.5
+    min_depth: int | tuple[int, ...] = 1
+    ema: float = 0.5
+    temperature: float = 1.0
+    normalize_logits: bool = False
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+    subnet_ce_weight: float = 0.0
+    sampler: str = "inherit_decay"
+    drop_rate: float = 0.5
+    subnets: tuple[tuple[int, ...], ...] | None = None
+    batch_norm: str = "full"
+    execution: str = "auto"
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    distill_ignored: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("groups", 0), ("loops", 1), ("ignore_index", None), ("seed", None)):
+            _check_integer(name, getattr(self, name), least)
+        _check_number("decay", self.decay, 0.0, 1.0, open_low=True)
+        _check_number("ema", self.ema, 0.0, 1.0)
+        _check_number("temperature", self.temperature, 0.0, math.inf, open_low=True)
+        _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        _check_number("drop_rate", self.drop_rate, 0.0, 1.0, open_high=True)
+        for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
+            _check_number(name, getattr(self, name), 0.0, math.inf)
+        for name in ("normalize_logits", "distill_ignored"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
+        _check_choice("execution", self.execution, EXECUTIONS)
+        object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
+        self._check_subnets()
+
+    def _check_subnets(self) -> None:
+        if (self.sampler == "fixed") != (self.subnets is not None):
+            raise ValueError(
+                f"subnets is {self.subnets!r} and sampler is {self.sampler!r}; "
+                "the sampler 'fixed' needs subnets, and no other takes them"
+            )
+        if self.subnets is None:
+            return
+        if not isinstance(self.subnets, Sequence) or isinstance(self.subnets, str):
+            raise TypeError(f"subnets is {self.subnets!r}; it must be a sequence of depths")
+        subnets = tuple(_depths("subnets", tuple(depths)) for depths in self.subnets)
+        if len(subnets) not in (self.groups, self.groups * self.loops):
+            raise ValueError(
+                f"subnets has {len(subnets)} entries; it must have groups ({self.groups}) "
+                f"or loops * groups ({self.loops * self.groups})"
+            )
+        object.__setattr__(self, "subnets", subnets)
+
+    @property
+    def streams(self) -> int:
+        """S = 1 + loops * groups."""
+        return 1 + self.loops * self.groups
+
+    def replace(self, **changes: Any) -> GKTConfig:
+        """A copy with some values changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to a YAML file."""
+        values = dataclasses.asdict(self)
+        return {key: _lists(value) for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GKTConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown keys {unknown}; known are {sorted(known)}")
+        return cls(**{key: _tuples(value) for key, value in values.items()})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> GKTConfig:
+        """Reads a file whose keys are the names above.
+
+        Raises:
+            ValueError: the file is not a mapping, or a key is unknown.
+        """
+        import yaml
+
+        values = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of names to values")
+        return cls.from_dict(values)
+
+
+def _check_integer(name: str, value: object, least: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_number(
+    name: str, value: object, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high or high == math.inf else value <= high
+    if not (above and below):
+        bracket_low = "(" if open_low else "["
+        bracket_high = ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{name} is {value}; it must be in {bracket_low}{low:g}, {high:g}{bracket_high}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _depths(name: str, value: object) -> int | tuple[int, ...]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    for entry in values:
+        _check_integer(name, entry, 0)
+    return tuple(values) if isinstance(value, (tuple, list)) else value  # type: ignore[return-value]
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, (list, tuple)) else value

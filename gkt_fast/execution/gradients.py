@@ -1,0 +1,88 @@
+"""Gradients computed inside a forward, handed out by the loss's own backward.
+
+Modes that run backward at once must still behave like an ordinary loss: hooks on parameters, DistributedDataParallel,
+accumulation and loss scaling see one backward with one gradient per parameter. So the inner passes run on aliases of
+the parameters (same storage, no hooks), their gradients are added up here, and one autograd function over the real
+parameters multiplies the sum by its `grad_output`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from .step import tensors_in
+
+__all__ = ["GradientSum", "deliver"]
+
+
+class GradientSum:
+    """The sum of gradients over several backward passes.
+
+    Args:
+        model: the network; gradients are taken for its parameters that require one.
+        inputs: its inputs; gradients are taken for those that require one.
+        loss_scale: factor on every inner loss, taken out again at the end (float16 loss scaling); None: 1.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], loss_scale: float | Tensor | None) -> None:
+        self.enabled = torch.is_grad_enabled()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad} if self.enabled else {}
+        self._aliases = {name: parameter.detach().requires_grad_() for name, parameter in named.items()}
+        wanted = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad and self.enabled]
+        self._input_aliases = {id(tensor): tensor.detach().requires_grad_() for tensor in wanted}
+        self.sources = [*named.values(), *wanted]
+        self._leaves = [*self._aliases.values(), *self._input_aliases.values()]
+        self._gradients: list[Tensor | None] = [None] * len(self._leaves)
+        self.loss_scale = loss_scale
+
+    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """The model's forward on the aliases."""
+        inputs = tuple(self._input_aliases.get(id(value), value) for value in inputs)
+        if not self._aliases:
+            return model(*inputs)
+        return functional_call(model, self._aliases, inputs)
+
+    def add(self, loss: Tensor) -> None:
+        """Backward of one stream's loss; adds its gradients to the sum."""
+        if not loss.requires_grad:
+            return
+        scaled = loss if self.loss_scale is None else loss * self.loss_scale
+        found = torch.autograd.grad(scaled, self._leaves, allow_unused=True)
+        # Autocast caches low-precision copies of the weights; their graph ended with this backward.
+        torch.clear_autocast_cache()
+        for i, gradient in enumerate(found):
+            if gradient is None:
+                continue
+            total = self._gradients[i]
+            self._gradients[i] = gradient if total is None else total + gradient
+
+    def result(self) -> list[Tensor | None]:
+        """The sum for every source, with the loss scale taken out."""
+        if self.loss_scale is None:
+            return self._gradients
+        return [None if g is None else g / self.loss_scale for g in self._gradients]
+
+
+def deliver(loss: Tensor, gradients: GradientSum) -> Tensor:
+    """The loss as a function of the sources of `gradients`: its backward hands out their sum."""
+    if not gradients.sources:
+        return loss
+    return _Deliver.apply(loss, gradients.result(), *gradients.sources)
+
+
+class _Deliver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *sources: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
+        return None, None, *scaled

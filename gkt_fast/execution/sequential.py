@@ -1,0 +1,70 @@
+"""`execution="sequential"`: one stream after another, each with its backward at once.
+
+The status quo (Stimulative Training's loop) and the reference for every other mode: nothing is shared, the memory is
+that of one network. Gradients are computed inside the forward and handed out by `gradients.deliver`, so that
+`loss.backward()` means the same in every mode.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import GroupKnowledge
+from .batch_norm import frozen_statistics, tracking_layers
+from .gradients import GradientSum, deliver
+from .interception import Site, intercept
+from .states import logits_of, skip_block
+from .step import Network, StepResult, Streams, knowledge_options
+
+__all__ = ["run_sequential"]
+
+
+def run_sequential(
+    network: Network,
+    inputs: tuple[Any, ...],
+    targets: Tensor,
+    streams: Streams,
+    loss_scale: float | Tensor | None = None,
+) -> StepResult:
+    """Runs the streams one by one. The inner backward passes run on the loss times `loss_scale` (float16)."""
+    config = streams.config
+    gradients = GradientSum(network.model, inputs, loss_scale)
+    knowledge = GroupKnowledge(**knowledge_options(config))
+    layers = tracking_layers(network.model)
+    blocks = [site for site in network.sites if site.is_block]
+    total, terms, full_logits = None, [], None
+    for stream, dropped in enumerate(streams.dropped):
+
+        def call(
+            site: Site, module: torch.nn.Module, args: tuple, kwargs: dict, dropped: frozenset = dropped
+        ) -> Any:
+            if site.path in dropped:
+                return skip_block(site.path, network.returns.get(site.path, 0), args, kwargs)
+            output = module(*args, **kwargs)
+            network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+            return output
+
+        updates_statistics = stream == 0 or config.batch_norm == "sequential"
+        with (
+            nullcontext() if updates_statistics else frozen_statistics(layers),
+            intercept(network.model, blocks, call),
+        ):
+            logits = logits_of(gradients.run(network.model, inputs))
+        if stream == 0:
+            term = knowledge.full(logits, targets)
+            loss = config.ce_weight * term
+            full_logits = logits.detach()
+        else:
+            term = knowledge.subnet(logits, targets, streams.group(stream))
+            loss = config.kd_weight * term
+            if config.subnet_ce_weight:
+                loss = loss + config.subnet_ce_weight * knowledge.cross_entropy(logits, targets)
+        with frozen_statistics(layers):
+            gradients.add(loss)
+        terms.append(term.detach())
+        total = loss.detach() if total is None else total + loss.detach()
+    return StepResult(deliver(total, gradients), torch.stack(terms), full_logits)

@@ -1,0 +1,62 @@
+"""`execution="shared"`: one autograd graph in which every state is computed once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import group_knowledge_loss
+from .batch_norm import (
+    freeze_during_backward,
+    frozen_statistics,
+    record_statistics,
+    tracking_layers,
+    update_running_statistics,
+)
+from .interception import intercept
+from .states import States, logits_of
+from .step import Network, StepResult, Streams, knowledge_options
+
+__all__ = ["run_shared"]
+
+
+def run_shared(
+    network: Network,
+    inputs: tuple[Any, ...],
+    targets: Tensor,
+    streams: Streams,
+    loss_scale: float | Tensor | None = None,
+) -> StepResult:
+    """Runs all streams through the model, each state once. `loss_scale` is not needed: backward comes later."""
+    config = streams.config
+    layers = tracking_layers(network.model)
+    every_stream_counts = config.batch_norm == "sequential"
+    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
+        states = States(network.writes_input, network.returns, statistics)
+        try:
+            with intercept(network.model, network.sites, states.call):
+                states.begin_stream(streams.dropped[0])
+                logits = [logits_of(network.model(*inputs))]
+                with nullcontext() if every_stream_counts else frozen_statistics(layers):
+                    for dropped in streams.dropped[1:]:
+                        states.begin_stream(dropped)
+                        logits.append(logits_of(network.model(*inputs)))
+        finally:
+            states.close()
+    for updates in states.stream_statistics:
+        update_running_statistics(updates)
+    loss, terms = group_knowledge_loss(
+        torch.stack(logits),
+        targets,
+        groups=config.groups,
+        loops=config.loops,
+        ce_weight=config.ce_weight,
+        kd_weight=config.kd_weight,
+        subnet_ce_weight=config.subnet_ce_weight,
+        **knowledge_options(config),
+    )
+    freeze_during_backward(loss, layers)
+    return StepResult(loss, terms, logits[0].detach())

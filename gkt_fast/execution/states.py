@@ -1,0 +1,167 @@
+"""Runs the streams of a step so that every distinct activation is computed once.
+
+A state is the sequence of layers executed so far (blocks, and the modules between them). The model's own forward runs
+once per stream; a layer that was already executed in the same state hands out the result that it gave then, a dropped
+block hands its input through. So shared prefixes cost nothing, and what is computed is exactly what the streams would
+compute one by one.
+
+Streams that share a state share its tensors. A block that writes into its input would corrupt them, so the first
+real call of every layer gets a copy and is watched: a layer that writes keeps getting copies, the others never again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .interception import Site
+
+__all__ = ["SharedStateError", "States", "logits_of", "skip_block"]
+
+
+class SharedStateError(RuntimeError):
+    """The model changes an activation in place that other streams read."""
+
+
+class _State:
+    """An activation: what the last layer returned, and the states reached from here."""
+
+    __slots__ = ("children", "has_block", "output", "statistics", "version")
+
+    def __init__(self, output: Any, has_block: bool, statistics: list) -> None:
+        self.output = output
+        self.version = output._version if isinstance(output, Tensor) else 0
+        self.has_block = has_block
+        self.statistics = statistics
+        self.children: dict[int, _State] = {}
+
+
+class States:
+    """The states of one step.
+
+    Args:
+        writes_input: site path -> whether the layer writes into its input; kept from step to step.
+        returns: site path -> number of values the layer returns, 0 for a bare one; kept from step to step.
+        statistics: list that BatchNorm layers append to as they run (`batch_norm.record_statistics`); the states
+            remember what was appended while they were computed.
+    """
+
+    def __init__(self, writes_input: dict[str, bool], returns: dict[str, int], statistics: list) -> None:
+        self.writes_input = writes_input
+        self.returns = returns
+        self.statistics = statistics
+        self.root = self.state = _State(None, False, [])
+        self.dropped: frozenset[str] = frozenset()
+        self.stream_statistics: list[list] = []
+        self.active = True
+
+    def begin_stream(self, dropped: frozenset[str]) -> None:
+        """Starts at the input again; blocks at the paths in `dropped` are skipped."""
+        self.dropped = dropped
+        self.state = self.root
+        self.stream_statistics.append([])
+
+    def close(self) -> None:
+        """Lets go of the activations. Later calls (a recomputation during backward) just run the module."""
+        self.active = False
+        self.root = self.state = _State(None, False, [])
+
+    def call(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """A call of the layer at `site`; the handler for `intercept`."""
+        if not self.active:
+            return module(*args, **kwargs)
+        if site.path in self.dropped:
+            return skip_block(site.path, self.returns.get(site.path, 0), args, kwargs)
+        child = self.state.children.get(site.index)
+        if child is None:
+            child = self._execute(site, module, args, kwargs)
+            self.state.children[site.index] = child
+        self.state = child
+        self.stream_statistics[-1].extend(child.statistics)
+        return child.output
+
+    def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
+        self._check_untouched(site, args)
+        before = len(self.statistics)
+        # Before the first block nothing branches off, so that a stem may write into its own activations.
+        if site.is_block or self.state.has_block:
+            output = self._execute_watched(site, module, args, kwargs)
+        else:
+            output = module(*args, **kwargs)
+        if site.is_block:
+            self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+        return _State(output, site.is_block or self.state.has_block, self.statistics[before:])
+
+    def _execute_watched(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        writes = self.writes_input.get(site.path)
+        if writes is not False:
+            args = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+            kwargs = {key: arg.clone() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+        inputs = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        versions = [tensor._version for tensor in inputs]
+        output = module(*args, **kwargs)
+        written = any(tensor._version != version for tensor, version in zip(inputs, versions, strict=True))
+        if writes is None:
+            self.writes_input[site.path] = written
+        elif written and not writes:
+            raise SharedStateError(
+                f"block {site.path!r} wrote into its input in place, which it did not do in the first step; "
+                "streams share that activation. Use execution='sequential'"
+            )
+        return output
+
+    def _check_untouched(self, site: Site, args: tuple) -> None:
+        state = self.state
+        if state.has_block and isinstance(state.output, Tensor) and state.output._version != state.version:
+            raise SharedStateError(
+                f"the model changed an activation in place between two blocks, before {site.path!r} "
+                "(for example x += y, or an in-place activation outside any module); streams share that activation. "
+                "Use execution='sequential', or make that operation out of place"
+            )
+
+
+def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
+    """What a dropped block hands on: its input, in the form in which the block returns its output.
+
+    Args:
+        path: module path, for the message.
+        returns: number of values that the block returns in a tuple; 0 when it returns a bare value.
+        args: positional arguments of the call; the first argument is the activation.
+        kwargs: keyword arguments.
+
+    Raises:
+        ValueError: the block returns more values than a skip can stand for.
+    """
+    values = args or tuple(kwargs.values())[:1]
+    if returns == 0 or isinstance(values[0], tuple):
+        return values[0]
+    if returns == 1:
+        return (values[0],)
+    if returns == len(args):
+        return args
+    raise ValueError(
+        f"block {path!r} takes {len(args)} values and returns {returns}; a block that is dropped can only hand its "
+        "inputs through, so it must return as many values as it takes, or one"
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, `.logits`, or "logits" or "out" of a mapping.
+
+    Raises:
+        TypeError: none of them is there.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, dict):
+        for key in ("logits", "out"):
+            if isinstance(output.get(key), torch.Tensor):
+                return output[key]
+    raise TypeError(
+        f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
+        "or a dict with 'logits' or 'out'"
+    )

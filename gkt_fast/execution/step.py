@@ -1,0 +1,79 @@
+"""What every execution mode takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import GKTConfig
+from .interception import Site
+
+__all__ = ["Execution", "Network", "StepResult", "Streams"]
+
+
+@dataclass
+class Network:
+    """A model with the places where its streams may part.
+
+    Args:
+        model: the network.
+        sites: its blocks and the modules between them.
+        writes_input: what is known of layers that write into their input (`states.States`).
+        returns: what is known of the number of values that blocks return (`states.States`).
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    writes_input: dict[str, bool] = field(default_factory=dict)
+    returns: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of a step: for each the paths of the blocks that it drops, the full network (none) first."""
+
+    dropped: tuple[frozenset[str], ...]
+    config: GKTConfig
+
+    def group(self, stream: int) -> int:
+        """The group of a subnet's stream, 1 to G."""
+        return (stream - 1) % self.config.groups + 1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of a step.
+
+    Args:
+        loss: scalar; its backward delivers the gradients of the whole step.
+        terms: (S,), detached: the full network's cross entropy, then each subnet's distillation term.
+        logits: (B, C, *spatial) of the full network, detached.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    logits: Tensor
+
+
+Execution = Callable[[Network, tuple[Any, ...], Tensor, Streams, "float | Tensor | None"], StepResult]
+"""A mode: (network, inputs of the model, targets, streams, loss scale) -> result."""
+
+
+def knowledge_options(config: GKTConfig) -> dict[str, Any]:
+    """The options of `GroupKnowledge` and `group_knowledge_loss` that both take."""
+    return {
+        "ema": config.ema,
+        "temperature": config.temperature,
+        "normalize_logits": config.normalize_logits,
+        "ignore_index": config.ignore_index,
+        "label_smoothing": config.label_smoothing,
+        "distill_ignored": config.distill_ignored,
+    }
+
+
+def tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the inputs of a model."""
+    return [value for value in values if isinstance(value, Tensor)]

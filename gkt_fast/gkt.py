@@ -1,0 +1,201 @@
+"""`GKT`: a residual network trained together with its subnets (Tang et al., AAAI-24, arXiv 2308.13772)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import GKTConfig
+from .execution import EXECUTION_MODES, Network, StepResult, Streams, choose_execution
+from .execution.interception import find_sites
+from .flops import count_layers
+from .models.discovery import find_stages, stages_from_paths
+from .plan import Cost, Layer, make_plan
+from .sampling import minimum_depths, sample_subnets
+from .subnet import Subnet
+
+__all__ = ["GKT", "GKTOutput"]
+
+
+@dataclass(frozen=True)
+class GKTOutput:
+    """What a training step returns.
+
+    Args:
+        loss: scalar; `loss.backward()` delivers the gradients of all streams, in every execution mode.
+        ce: scalar, detached: cross entropy of the full network.
+        kd: (S - 1,), detached: distillation term of each subnet.
+        logits: (B, C, *spatial), detached: logits of the full network.
+        subnets: the subnets of this step, in the order of `kd`.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    logits: Tensor
+    subnets: list[Subnet]
+
+
+class GKT(nn.Module):
+    """Wraps a model for Group Knowledge based Training. The model itself, and its state_dict keys, stay as they are.
+
+    Args:
+        model: any torch network with runs of residual blocks; it returns logits (B, C, *spatial), or an object
+            with `.logits`, or a dict with "logits" or "out".
+        config: the hyper-parameters.
+        stages: the stages, where they aren't found by themselves: for each the module path of its container, or the
+            module paths of its blocks in order.
+
+    Raises:
+        ValueError: the model has no residual blocks, or config doesn't fit its stages.
+        TypeError: model is not an nn.Module, or config not a GKTConfig.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GKTConfig | None = None,
+        stages: Sequence[str | Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        config = GKTConfig() if config is None else config
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
+        if not isinstance(config, GKTConfig):
+            raise TypeError(f"config is {type(config).__name__}; it must be a GKTConfig")
+        self.model = model
+        self.config = config
+        self.stages = find_stages(model) if stages is None else stages_from_paths(model, stages)
+        minimum_depths(self.stages, config)
+        sample_subnets(self.stages, config, step=0)
+        self.next_step = 0
+        self._sites = find_sites(model, self.stages)
+        self._writes_input: dict[str, bool] = {}
+        self._returns: dict[str, int] = {}
+        self._example: tuple[Any, ...] | None = None
+        self._layers: list[Layer] | None = None
+
+    def sample(self, step: int) -> list[Subnet]:
+        """The subnets of a step, S - 1 of them, in the order of their streams; the same in every process."""
+        return sample_subnets(self.stages, self.config, step)
+
+    def forward(
+        self,
+        inputs: Tensor | tuple[Any, ...],
+        targets: Tensor | None = None,
+        step: int | None = None,
+        loss_scale: float | Tensor | None = None,
+    ) -> GKTOutput | Any:
+        """Runs the full network and the step's subnets.
+
+        Args:
+            inputs: the model's input, or a tuple of its positional arguments; batch first.
+            targets: class indices (B, *spatial) int64, or probabilities (B, C, *spatial). None: only the model's own
+                forward, for evaluation; returns what the model returns.
+            step: which subnets to draw. None: an internal counter that is saved with the state and goes up with each
+                call in training mode.
+            loss_scale: factor on losses that are differentiated inside the forward (modes `sequential` and `lean`),
+                so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
+
+        Raises:
+            ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`).
+        """
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if targets is None:
+            return self.model(*inputs)
+        if step is None:
+            step = self.next_step
+        if self.training:
+            self.next_step = step + 1
+        self._remember(inputs)
+        subnets = self.sample(step)
+        result = (
+            self._run(inputs, targets, subnets, loss_scale) if subnets else self._run_plain(inputs, targets)
+        )
+        return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
+
+    def _run(
+        self,
+        inputs: tuple[Any, ...],
+        targets: Tensor,
+        subnets: list[Subnet],
+        loss_scale: float | Tensor | None,
+    ) -> StepResult:
+        dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
+        network = Network(self.model, self._sites, self._writes_input, self._returns)
+        mode = choose_execution(self.config.execution)
+        return EXECUTION_MODES[mode](network, inputs, targets, Streams(dropped, self.config), loss_scale)
+
+    def _run_plain(self, inputs: tuple[Any, ...], targets: Tensor) -> StepResult:
+        """Plain training, bit for bit: groups=0."""
+        from .execution.states import logits_of
+
+        logits = logits_of(self.model(*inputs))
+        ce = F.cross_entropy(
+            logits,
+            targets,
+            ignore_index=self.config.ignore_index,
+            label_smoothing=self.config.label_smoothing,
+        )
+        loss = ce if self.config.ce_weight == 1.0 else self.config.ce_weight * ce
+        return StepResult(loss, ce.detach().reshape(1), logits.detach())
+
+    def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
+        """Floating point operations of a step with these subnets: plain, one by one, shared.
+
+        Counted by torch's FLOP counter (a multiply-add is two) in one forward pass of the model on one sample.
+
+        Args:
+            subnets: as returned by `sample`.
+            inputs: an example of the model's input. None: the shape of the last call's.
+
+        Raises:
+            ValueError: inputs is None and the model has not been called yet.
+        """
+        dropped = [frozenset(), *(subnet.dropped(self.stages) for subnet in subnets)]
+        return make_plan(self.layers(inputs), dropped).cost()
+
+    def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
+        """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""
+        if inputs is not None:
+            self._example = None
+            self._remember(inputs if isinstance(inputs, tuple) else (inputs,))
+            self._layers = None
+        if self._example is None:
+            raise ValueError(
+                "inputs is None and the model has not been called yet; pass an example of its input"
+            )
+        if self._layers is None:
+            self._layers = count_layers(self.model, self._sites, self._example)
+        return self._layers
+
+    def _remember(self, inputs: tuple[Any, ...]) -> None:
+        """Keeps the form of one sample, without its values."""
+        if self._example is None:
+            self._example = tuple(
+                torch.zeros_like(value[:1], requires_grad=False) if isinstance(value, Tensor) else value
+                for value in inputs
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""
+        return {
+            "next_step": self.next_step,
+            "writes_input": dict(self._writes_input),
+            "returns": dict(self._returns),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`."""
+        self.next_step = int(state["next_step"])
+        self._writes_input = dict(state["writes_input"])
+        self._returns = dict(state["returns"])
+
+    def extra_repr(self) -> str:
+        depths = "-".join(str(stage.depth) for stage in self.stages)
+        return f"depths={depths}, groups={self.config.groups}, loops={self.config.loops}, sampler={self.config.sampler}"

@@ -1,0 +1,207 @@
+"""Finds the stages of residual blocks of any network, without running it.
+
+A block is *residual* when its input reaches its output through nothing but additions, activations and layers that
+are the identity in evaluation (`nn.Identity`, dropout, stochastic depth): dropping such a block leaves a valid
+network. The path is looked for in the graph of the block's own forward, traced by torch.fx with all inner modules
+opaque. A stage is a run of blocks of one class in a container; a block that is not residual (because it changes
+shape) starts a new stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..subnet import Stage
+
+__all__ = ["find_stages", "is_residual", "stages_from_paths"]
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PASSING_FUNCTIONS = {
+    F.relu, torch.relu, torch.relu_, F.relu_, F.relu6, F.gelu, F.silu, F.leaky_relu, F.dropout,
+    "relu", "relu_", "contiguous", "clone",
+}  # fmt: skip
+_PASSING_MODULES = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Hardswish,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+_PASSING_MODULE_NAMES = {"DropPath", "StochasticDepth"}
+
+
+def find_stages(model: nn.Module) -> list[Stage]:
+    """The stages of a network: runs of residual blocks in its `nn.Sequential` and `nn.ModuleList` containers.
+
+    Raises:
+        ValueError: there is no droppable block; the message lists what was found where.
+    """
+    runs = list(_runs(model, ""))
+    block_classes = {type(block) for run in runs for _, block in run if is_residual(block)}
+    stages = [stage for run in runs if type(run[0][1]) in block_classes for stage in _split(run)]
+    if not any(any(stage.droppable) for stage in stages):
+        found = ", ".join(
+            f"{run[0][0].rpartition('.')[0] or 'the model'}: {len(run)} x {type(run[0][1]).__name__}"
+            for run in runs
+            if len(run) > 1
+        )
+        raise ValueError(
+            f"model ({type(model).__name__}) has no run of residual blocks that can be dropped. "
+            f"Runs of modules found in containers: {found or 'none'}. A block can be dropped when its input "
+            "reaches its output by an addition. Name the stages yourself with "
+            "stages=[['layer1.0', 'layer1.1'], ...] or by the "
+            "paths of their containers, stages=['layer1', ...]"
+        )
+    return stages
+
+
+def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -> list[Stage]:
+    """Stages named by hand.
+
+    Args:
+        model: the network.
+        stages: for every stage the module path of its container, or the module paths of its blocks in order.
+
+    Raises:
+        ValueError: a path doesn't exist, or nothing named can be dropped.
+    """
+    if isinstance(stages, str) or not stages:
+        raise ValueError(f"stages is {stages!r}; it must be a sequence with one entry per stage")
+    found = []
+    for entry in stages:
+        if isinstance(entry, str):
+            container = _submodule(model, entry)
+            if not container._modules:
+                raise ValueError(
+                    f"stages names {entry!r} ({type(container).__name__}), which holds no blocks"
+                )
+            paths = [f"{entry}.{name}" for name in container._modules]
+        else:
+            paths = list(entry)
+        blocks = [_submodule(model, path) for path in paths]
+        found.append(Stage(tuple(paths), tuple(map(is_residual, blocks))))
+    if not any(any(stage.droppable) for stage in found):
+        names = sorted({type(_submodule(model, path)).__name__ for stage in found for path in stage.blocks})
+        raise ValueError(
+            f"stages names blocks of {', '.join(names)}; none of them has a skip connection, so none can be dropped"
+        )
+    return found
+
+
+def is_residual(block: nn.Module) -> bool:
+    """Whether the block's input reaches its output through additions alone, so that it can be dropped."""
+    if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or not block._modules:
+        return False
+    if not isinstance(type(block).forward, FunctionType):
+        return False
+    try:
+        graph = _BlockTracer().trace(block)
+    except Exception:  # fx raises whatever the traced code raises when it meets a proxy
+        return False
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0]
+    result = results[0] if isinstance(results, (tuple, list)) and results else results
+    if not inputs or not isinstance(result, torch.fx.Node):
+        return False
+    modules = dict(block.named_modules())
+    return _reaches(result, inputs[0], modules)
+
+
+class _BlockTracer(torch.fx.Tracer):
+    """Traces one block's own forward; everything inside it stays a call."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _reaches(result: torch.fx.Node, source: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a path of passing operations with at least one addition leads from `source` to `result`."""
+
+    @functools.cache
+    def search(node: torch.fx.Node, added: bool) -> bool:
+        if node is source:
+            return added
+        if node.op in ("call_function", "call_method") and node.target in _ADDITIONS:
+            operands = [operand for operand in node.args[:2] if isinstance(operand, torch.fx.Node)]
+            return len(operands) == 2 and any(search(operand, True) for operand in operands)
+        if _passes(node, modules):
+            first = node.args[0] if node.args else None
+            return isinstance(first, torch.fx.Node) and search(first, added)
+        return False
+
+    return search(result, False)
+
+
+def _passes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, _PASSING_MODULES) or type(module).__name__ in _PASSING_MODULE_NAMES
+    return node.op in ("call_function", "call_method") and node.target in _PASSING_FUNCTIONS
+
+
+def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Runs of neighbours of one class in the containers below `module`, outermost containers first.
+
+    The search doesn't look into the blocks of a run that holds a residual block. Children are taken from
+    `_modules`, so that a module that stands in two places counts as two blocks.
+    """
+    children = [
+        (f"{path}.{name}" if path else name, child)
+        for name, child in module._modules.items()
+        if child is not None
+    ]
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        for run in _neighbours(children):
+            candidates = [run] if isinstance(run[0][1], (nn.Sequential, nn.ModuleList)) else []
+            if not candidates and (any(is_residual(block) for _, block in run) or not _holds_container(run)):
+                yield run
+                continue
+            for child_path, child in run:
+                yield from _runs(child, child_path)
+        return
+    for child_path, child in children:
+        yield from _runs(child, child_path)
+
+
+def _neighbours(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:
+    run: list[tuple[str, nn.Module]] = []
+    for path, child in children:
+        if run and type(child) is not type(run[0][1]):
+            yield run
+            run = []
+        run.append((path, child))
+    if run:
+        yield run
+
+
+def _holds_container(run: list[tuple[str, nn.Module]]) -> bool:
+    return any(
+        isinstance(inner, (nn.Sequential, nn.ModuleList)) for _, block in run for inner in block.modules()
+    )
+
+
+def _split(run: list[tuple[str, nn.Module]]) -> Iterator[Stage]:
+    """Cuts a run before every block that is not residual."""
+    stage: list[tuple[str, bool]] = []
+    for path, block in run:
+        droppable = is_residual(block)
+        if stage and not droppable:
+            yield Stage(*zip(*stage, strict=True))
+            stage = []
+        stage.append((path, droppable))
+    yield Stage(*zip(*stage, strict=True))
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"stages names {path!r}, which the model doesn't have; its children are {children}"
+        ) from error

@@ -1,0 +1,111 @@
+"""Which activations (states) the streams of a step share, and what the step costs. No torch here.
+
+A state is the sequence of layers executed so far. The plan is the tree of all states: its root is the input, each
+further node is one layer executed in the state above it, and each stream is a path from the root to a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Cost", "Layer", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block, or a module between the blocks, in order of execution.
+
+    Args:
+        path: module path.
+        is_block: whether subnets may drop it.
+        flops: floating point operations of one sample's forward pass.
+    """
+
+    path: str
+    is_block: bool
+    flops: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations of one sample's forward pass through a step.
+
+    Args:
+        plain: the full network alone.
+        sequential: all streams one by one.
+        shared: every state once.
+    """
+
+    plain: int
+    sequential: int
+    shared: int
+
+    @property
+    def sequential_ratio(self) -> float:
+        """Cost one by one, in plain steps."""
+        return self.sequential / self.plain
+
+    @property
+    def shared_ratio(self) -> float:
+        """Cost of shared execution, in plain steps."""
+        return self.shared / self.plain
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The states of a step.
+
+    Args:
+        layers: the network's layers in order of execution.
+        parents: for every state the state above it, -1 for the root; parents come first.
+        layer_of: for every state the index of the layer whose output it is, -1 for the root.
+        paths: for every stream its states after the root, in order.
+    """
+
+    layers: tuple[Layer, ...]
+    parents: tuple[int, ...]
+    layer_of: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    def states_per_layer(self) -> tuple[int, ...]:
+        """How often each layer runs."""
+        counts = [0] * len(self.layers)
+        for layer in self.layer_of[1:]:
+            counts[layer] += 1
+        return tuple(counts)
+
+    def cost(self) -> Cost:
+        """Plain, one by one and shared."""
+        flops = [layer.flops for layer in self.layers]
+        return Cost(
+            plain=sum(flops),
+            sequential=sum(flops[self.layer_of[state]] for path in self.paths for state in path),
+            shared=sum(flops[layer] for layer in self.layer_of[1:]),
+        )
+
+
+def make_plan(layers: Sequence[Layer], dropped: Iterable[frozenset[str]]) -> Plan:
+    """The plan of streams that each drop some blocks.
+
+    Args:
+        layers: the network's layers in order of execution.
+        dropped: for every stream the paths of the blocks that it drops (`Subnet.dropped`), full network first.
+    """
+    parents, layer_of = [-1], [-1]
+    children: dict[tuple[int, int], int] = {}
+    paths = []
+    for stream in dropped:
+        state, path = 0, []
+        for index, layer in enumerate(layers):
+            if layer.path in stream:
+                continue
+            child = children.get((state, index))
+            if child is None:
+                child = children[state, index] = len(parents)
+                parents.append(state)
+                layer_of.append(index)
+            state = child
+            path.append(state)
+        paths.append(tuple(path))
+    return Plan(tuple(layers), tuple(parents), tuple(layer_of), tuple(paths))
