@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BackendError", "Implementation", "explain", "register", "select", "use_backend"]
+__all__ = ["BackendError", "Implementation", "explain", "find", "register", "select", "use_backend"]
 
 logger = logging.getLogger("gkt_fast")
 
@@ -59,6 +59,18 @@ def register(implementation: Implementation) -> None:
     _implementations[implementation.op, implementation.backend] = implementation
     _load.cache_clear()
     _automatic.cache_clear()
+
+
+def find(op: str, backend: str) -> Implementation:
+    """The registered backend of an op.
+
+    Raises:
+        ValueError: the op has no such backend.
+    """
+    try:
+        return _implementations[op, backend]
+    except KeyError:
+        raise ValueError(f"op {op!r} has no backend {backend!r}") from None
 
 
 @contextmanager
