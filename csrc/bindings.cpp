@@ -72,7 +72,7 @@ gkt_group_knowledge_loss_params group_knowledge_loss_params(
     const py::tuple& targets_strides, bool probabilities, uintptr_t loss, uintptr_t terms,
     int64_t groups, double ema, double temperature, bool normalize_logits, double eps,
     double ce_weight, double kd_weight, double subnet_ce_weight, int64_t ignore_index,
-    double label_smoothing, bool distill_ignored) {
+    double label_smoothing, bool distill_ignored, double gradient_scale) {
   gkt_group_knowledge_loss_params p{};
   p.logits = pointer<const void>(logits);
   p.gradient = pointer<void>(gradient);
@@ -100,6 +100,7 @@ gkt_group_knowledge_loss_params group_knowledge_loss_params(
   p.ignore_index = ignore_index;
   p.normalize_logits = normalize_logits;
   p.distill_ignored = distill_ignored;
+  p.gradient_scale = gradient_scale;
   return p;
 }
 

@@ -18,7 +18,7 @@ enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2 };
 // times stride, in elements.
 typedef struct {
   const void* logits;
-  void* gradient;       // NULL: none wanted; of the logits' dtype
+  void* gradient;       // times gradient_scale, of the logits' dtype; NULL: none wanted
   const void* targets;  // int64 class indices, or probabilities of the compute dtype
   void* loss;           // one value of the compute dtype (double for double, float otherwise)
   void* terms;          // S values of the compute dtype
@@ -34,6 +34,7 @@ typedef struct {
   int64_t gradient_stream_stride, gradient_class_stride;
   int64_t targets_class_stride;
   double ema, temperature, eps, ce_weight, kd_weight, subnet_ce_weight, label_smoothing;
+  double gradient_scale;
   int64_t ignore_index;
   int32_t normalize_logits, distill_ignored;
 } gkt_group_knowledge_loss_params;

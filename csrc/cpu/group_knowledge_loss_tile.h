@@ -60,10 +60,10 @@ class Tile {
   }
 
   // Scratch: two rows of classes per softmax kept (one per teaching group, and the student's), the raw
-  // exponentials of a cross entropy, the probability targets and the gradient.
+  // exponentials of a cross entropy, the probability targets, q - p, and the gradient.
   static size_t scratch_bytes(const Params& p) {
     const int64_t row_bytes = vectors(p.classes) * kVectorBytes;
-    return static_cast<size_t>((2 * (kept(p) + 1) + 3) * row_bytes) +
+    return static_cast<size_t>((2 * (kept(p) + 1) + 4) * row_bytes) +
            static_cast<size_t>(kept(p)) * sizeof(Softmax<V>);
   }
 
@@ -72,8 +72,8 @@ class Tile {
         n_(vectors(p.classes)),
         tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
         temperature_(static_cast<Real>(p.temperature)),
-        ce_scale_(static_cast<Real>(1 / plan.ce_rows)),
-        kd_scale_(static_cast<Real>(1 / plan.kd_rows)),
+        ce_scale_(static_cast<Real>(p.gradient_scale / plan.ce_rows)),
+        kd_scale_(static_cast<Real>(p.gradient_scale / plan.kd_rows)),
         logits_(static_cast<const T*>(p.logits)),
         gradient_(static_cast<T*>(p.gradient)) {
     next_ = reinterpret_cast<V*>(plan.scratch + plan.scratch_bytes * static_cast<size_t>(thread));
@@ -83,6 +83,7 @@ class Tile {
     take_softmax(student_);
     raw_ = take();
     targets_ = take();
+    difference_ = take();
     output_ = take();
   }
 
@@ -230,12 +231,8 @@ class Tile {
     const double ce_weight = s == 0 ? p_.ce_weight : p_.subnet_ce_weight;
     const bool has_ce = s == 0 || ce_weight != 0;
     Coefficients k{};
-    if (s == 0) {
-      soften<false>(q, q, k);
-    } else {
-      const V divergence = soften<true>(q, knowledge_[slot(group - 1)], k);
-      add_rows(sums + s, divergence, kd_counted_);
-    }
+    soften(q);
+    if (s > 0) add_rows(sums + s, compare(q, knowledge_[slot(group - 1)], k), kd_counted_);
     if (has_ce) {
       const V ce = cross_entropy(q, static_cast<Real>(ce_weight), k);
       add_rows(sums + (s == 0 ? 0 : p_.streams), ce, ce_counted_);
@@ -243,16 +240,12 @@ class Tile {
     if (gradient_ != nullptr) {
       const bool has_kd = s > 0 && p_.kd_weight != 0;
       T* to = gradient_ + s * p_.gradient_stream_stride + gradient_row_;
-      const Softmax<V>& teacher = s == 0 ? q : knowledge_[slot(group - 1)];
-      const CrossEntropy ce = ce_weight == 0      ? CrossEntropy::none
-                              : p_.probabilities ? CrossEntropy::probabilities
-                                                 : CrossEntropy::indices;
-      if (ce == CrossEntropy::none)
-        differentiate<CrossEntropy::none>(q, teacher, has_kd, k, to);
-      else if (ce == CrossEntropy::indices)
-        differentiate<CrossEntropy::indices>(q, teacher, has_kd, k, to);
+      if (ce_weight == 0)
+        differentiate<CrossEntropy::none>(q, has_kd, k, to);
+      else if (p_.probabilities)
+        differentiate<CrossEntropy::probabilities>(q, has_kd, k, to);
       else
-        differentiate<CrossEntropy::probabilities>(q, teacher, has_kd, k, to);
+        differentiate<CrossEntropy::indices>(q, has_kd, k, to);
       store_scattered(to);
     }
     // The last group teaches nobody.
@@ -270,12 +263,11 @@ class Tile {
   // With one loop a group's knowledge replaces that of the group before it.
   int64_t slot(int64_t group) const { return kept(p_) == 1 ? 0 : group; }
 
-  // Everything the gradient needs besides the rows in scratch.
+  // What the gradient needs besides the rows in scratch.
   struct Coefficients {
-    V student, teacher;           // of the softmax numerators
+    V difference;                 // of q - p
     V centre_slope, centre_top;   // of the projection that normalisation adds
     V softmax, one_hot, uniform;  // of the cross entropy
-    V student_dot, teacher_dot;   // sum_c e * (x - max) * scale of both softmaxes
   };
 
   // Maximum, and with normalised logits mean and variance, of each row.
@@ -310,53 +302,64 @@ class Tile {
     q.scale = q.slope / temperature_;
   }
 
-  // Fills q.e and its sums; with a teacher returns T^2 * KL of each row.
-  template <bool kTaught>
-  V soften(Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) {
-    return p_.normalize_logits ? soften<kTaught, true>(q, teacher, k)
-                               : soften<kTaught, false>(q, teacher, k);
-  }
-
-  template <bool kTaught, bool kNormalized>
-  V soften(Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) {
-    const V max = q.max, scale = q.scale, teacher_max = teacher.max, teacher_scale = teacher.scale;
-    const V *x = q.x, *teacher_x = teacher.x, *teacher_e = teacher.e;
-    V* e = q.e;
-    V sum{}, divergence{}, student_dot{}, teacher_dot{};
+  void soften(Softmax<V>& softmax) const {
+    const V *x = softmax.x, max = softmax.max, scale = softmax.scale;
+    V* e = softmax.e;
+    V sum{};
     for_vectors([&](int64_t i, auto) {
-      const V d = (x[i] - max) * scale;
-      e[i] = exponential(d);
+      e[i] = exponential((x[i] - max) * scale);
       sum += e[i];
-      if (kTaught) {
-        const V p = teacher_e[i];
-        const V teacher_d = (teacher_x[i] - teacher_max) * teacher_scale;
-        divergence += p == 0 ? V{} : p * (teacher_d - d);  // 0 log 0 = 0, also for -inf
-        if (kNormalized) {
-          student_dot += e[i] == 0 ? V{} : e[i] * d;
-          teacher_dot += p == 0 ? V{} : p * d;
-        }
-      }
     });
     sum = sum_classes(sum);
-    q.inverse_sum = 1 / sum;
-    q.log_sum = logarithm<Real>(sum);
-    if (!kTaught) return V{};
+    softmax.inverse_sum = 1 / sum;
+    softmax.log_sum = logarithm<Real>(sum);
+  }
+
+  // T^2 * KL(p || q) of each row, and q - p into scratch.
+  V compare(const Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) const {
+    return p_.normalize_logits ? compare<true>(q, teacher, k) : compare<false>(q, teacher, k);
+  }
+
+  // With d = log q - log p the divergence is sum_c p (exp(d) - 1 - d), since sum_c (q - p) = 0: all
+  // summands are positive, errors of log q and log p cancel to first order, and for a small d both
+  // summand and q - p come from d itself, without the cancellation of nearly equal numbers.
+  template <bool kNormalized>
+  V compare(const Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) const {
+    constexpr Real kNear = sizeof(Real) == 4 ? Real(0.5) : Real(1e-3);
+    const V *x = q.x, *e = q.e, *teacher_x = teacher.x, *teacher_e = teacher.e;
+    const V max = q.max, scale = q.scale, inverse_sum = q.inverse_sum, top = q.top;
+    const V teacher_max = teacher.max, teacher_scale = teacher.scale;
+    const V teacher_inverse_sum = teacher.inverse_sum, log_ratio = q.log_sum - teacher.log_sum;
+    const Real temperature = temperature_;
+    V* difference = difference_;
+    V divergence{}, dot{};
+    for_vectors([&](int64_t i, auto last) {
+      const V student_d = (x[i] - max) * scale;
+      const V d = student_d - (teacher_x[i] - teacher_max) * teacher_scale - log_ratio;
+      const V student = e[i] * inverse_sum, p = teacher_e[i] * teacher_inverse_sum;
+      V series = d * Real(1.0 / 5040) + Real(1.0 / 720);
+      series = series * d + Real(1.0 / 120);
+      series = series * d + Real(1.0 / 24);
+      series = series * d + Real(1.0 / 6);
+      series = series * d + Real(0.5);
+      series = p * (series * (d * d));  // p (exp(d) - 1 - d)
+      const I near = (d < kNear) & (d > -kNear);
+      const V apart = student - p;
+      const V change = near ? series + p * d : apart;
+      divergence += near ? series : apart - (p == 0 ? V{} : p * d);  // 0 log 0 = 0, also for -inf
+      difference[i] = change;
+      if (kNormalized) dot += used(change * (student_d * temperature + top), last);
+    });
     const Real weight = static_cast<Real>(p_.kd_weight) * temperature_ * kd_scale_;
-    const V student = (kd_counted_ != 0 ? broadcast(weight) : V{}) * q.inverse_sum;
-    const V teaching = (kd_counted_ != 0 ? broadcast(weight) : V{}) * teacher.inverse_sum;
-    k.student = student;
-    k.teacher = teaching;
+    k.difference = kd_counted_ ? broadcast(weight) : V{};
     if (kNormalized) {
       // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = weight * (q - p), whose sum is zero.
-      const V dot = sum_classes(student_dot) * student - sum_classes(teacher_dot) * teaching;
-      const V mean = dot * (temperature_ / static_cast<Real>(p_.classes));
-      k.student *= q.slope;
-      k.teacher *= q.slope;
-      k.centre_slope = mean * q.slope * q.slope;
-      k.centre_top = mean * q.slope * q.top;
+      const V mean = sum_classes(dot) * static_cast<Real>(1.0 / static_cast<double>(p_.classes));
+      k.difference *= q.slope;
+      k.centre_slope = k.difference * mean * q.slope;
+      k.centre_top = k.difference * mean * q.top;
     }
-    const V kl = sum_classes(divergence) * teacher.inverse_sum + (q.log_sum - teacher.log_sum);
-    return kl * (temperature_ * temperature_);
+    return sum_classes(divergence) * (temperature_ * temperature_);
   }
 
   // The cross entropy of each row.
@@ -371,7 +374,7 @@ class Tile {
     cross_entropy_e_ = shared ? q.e : raw_;
     sum = sum_classes(sum);
     const V log_sum = shared ? q.log_sum : logarithm<Real>(sum);
-    const V row_weight = ce_counted_ != 0 ? broadcast(weight * ce_scale_) : V{};
+    const V row_weight = ce_counted_ ? broadcast(weight * ce_scale_) : V{};
     const V softmax = row_weight * (shared ? q.inverse_sum : 1 / sum);
     const Real smoothing = static_cast<Real>(p_.label_smoothing);
     k.one_hot = row_weight;
@@ -395,26 +398,24 @@ class Tile {
   }
 
   template <CrossEntropy kCe>
-  void differentiate(const Softmax<V>& q, const Softmax<V>& teacher, bool has_kd,
-                     const Coefficients& k, T* to) const {
+  void differentiate(const Softmax<V>& q, bool has_kd, const Coefficients& k, T* to) const {
     if (has_kd && p_.normalize_logits)
-      differentiate<kCe, true, true>(q, teacher, k, to);
+      differentiate<kCe, true, true>(q, k, to);
     else if (has_kd)
-      differentiate<kCe, true, false>(q, teacher, k, to);
+      differentiate<kCe, true, false>(q, k, to);
     else
-      differentiate<kCe, false, false>(q, teacher, k, to);
+      differentiate<kCe, false, false>(q, k, to);
   }
 
   template <CrossEntropy kCe, bool kDistilled, bool kNormalized>
-  void differentiate(const Softmax<V>& q, const Softmax<V>& teacher, const Coefficients& coefficients,
-                     T* to) const {
+  void differentiate(const Softmax<V>& q, const Coefficients& coefficients, T* to) const {
     const Coefficients k = coefficients;
     const V max = q.max;
-    const V *x = q.x, *e = q.e, *teacher_e = teacher.e, *raw = cross_entropy_e_;
+    const V *x = q.x, *difference = difference_, *raw = cross_entropy_e_;
     const I label = label_;
     for_vectors([&](int64_t i, auto last) {
       V g{};
-      if (kDistilled) g = e[i] * k.student - teacher_e[i] * k.teacher;
+      if (kDistilled) g = difference[i] * k.difference;
       if (kNormalized) g -= (x[i] - max) * k.centre_slope + k.centre_top;
       if (kCe != CrossEntropy::none) g += raw[i] * k.softmax;
       if (kCe == CrossEntropy::probabilities) g -= targets_[i] * k.one_hot;
@@ -441,14 +442,7 @@ class Tile {
     });
     knowledge.max = max_classes(max);
     knowledge.scale = broadcast(1 / temperature_);
-    V sum{};
-    for_vectors([&](int64_t i, auto) {
-      knowledge.e[i] = exponential((knowledge.x[i] - knowledge.max) * knowledge.scale);
-      sum += knowledge.e[i];
-    });
-    sum = sum_classes(sum);
-    knowledge.inverse_sum = 1 / sum;
-    knowledge.log_sum = logarithm<Real>(sum);
+    soften(knowledge);
   }
 
   const Params& p_;
@@ -460,13 +454,13 @@ class Tile {
   V* next_;
   Softmax<V>* knowledge_;
   Softmax<V> student_;
-  V *raw_, *targets_, *output_;
+  V *raw_, *targets_, *difference_, *output_;
   const V* cross_entropy_e_ = nullptr;
 
-  int64_t logits_row_, gradient_row_, logits_step_, gradient_step_;
-  int count_;  // rows in the tile
-  I label_{}, ce_counted_, kd_counted_;
-  V target_total_, max_minus_mean_;
+  int64_t logits_row_ = 0, gradient_row_ = 0, logits_step_ = 0, gradient_step_ = 0;
+  int count_ = 0;  // rows in the tile
+  I label_{}, ce_counted_{}, kd_counted_{};
+  V target_total_{}, max_minus_mean_{};
 };
 
 }  // namespace

@@ -17,6 +17,8 @@ prediction, so that B * prod(spatial) rows of C classes belong to each stream.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,8 +100,7 @@ class GroupKnowledge:
         normalized = self._normalized(logits)
         log_p = F.log_softmax(self._knowledge[group - 1] / self.temperature, dim=1)
         log_q = F.log_softmax(normalized / self.temperature, dim=1)
-        p = log_p.exp()
-        divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
+        divergence = _divergence(log_p, log_q)
         if self.distill_ignored or targets.is_floating_point():
             kd = divergence.mean()
         else:
@@ -126,7 +127,8 @@ class GroupKnowledge:
         logits = logits.to(_compute_dtype(logits))
         if not self.normalize_logits:
             return logits
-        centered = logits - logits.mean(dim=1, keepdim=True)
+        centered = logits - logits[:, :1].detach()  # exact for equal logits, whatever their size
+        centered = centered - centered.mean(dim=1, keepdim=True)
         return centered * (centered.square().mean(dim=1, keepdim=True) + self.eps).rsqrt()
 
     def _update(self, group: int, normalized: Tensor) -> None:
@@ -257,8 +259,32 @@ def group_knowledge_loss(
         op = _DifferentiatedUnderTransforms.apply
     else:
         op = _Differentiated.apply
-    loss, terms, _ = op(logits, targets, groups, *options.values(), with_gradient)
+    scale = _gradient_scale(logits, ce_weight, kd_weight * temperature, subnet_ce_weight)
+    loss, terms, _ = op(logits, targets, groups, *options.values(), with_gradient, scale)
     return loss, terms
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q) over dimension 1, taken as sum_c (q - p - p (log q - log p)), since sum_c (q - p) = 0.
+
+    All summands are positive and errors of log p and log q cancel to first order: small divergences stay
+    accurate.
+    """
+    p, difference = log_p.exp(), log_q - log_p
+    near = difference.abs() < 1
+    change = torch.where(near, p * torch.expm1(torch.where(near, difference, 0.0)), log_q.exp() - p)
+    return (change - torch.where(p == 0, 0.0, p * difference)).sum(dim=1)  # 0 log 0 = 0
+
+
+def _gradient_scale(logits: Tensor, *weights: float) -> float:
+    """The power of two by which the op multiplies the gradient it stores.
+
+    float16 would lose the small gradients of a mean over many rows before a loss scale can reach them.
+    """
+    rows, largest = logits.numel() // (logits.shape[0] * logits.shape[2]), max(weights)
+    if logits.dtype != torch.float16 or rows == 0 or largest == 0:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(64 * rows / largest))
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -284,9 +310,10 @@ registry.register(
 
 torch.library.define(
     "gkt_fast::group_knowledge_loss",
-    "(Tensor logits, Tensor targets, int groups, float ema, float temperature, bool normalize_logits, float eps, "
-    "float ce_weight, float kd_weight, float subnet_ce_weight, int ignore_index, float label_smoothing, "
-    "bool distill_ignored, bool with_gradient) -> (Tensor loss, Tensor terms, Tensor gradient)",
+    "(Tensor logits, Tensor targets, int groups, float ema, float temperature, bool normalize_logits, "
+    "float eps, float ce_weight, float kd_weight, float subnet_ce_weight, int ignore_index, "
+    "float label_smoothing, bool distill_ignored, bool with_gradient, float gradient_scale) "
+    "-> (Tensor loss, Tensor terms, Tensor gradient)",
 )
 
 
@@ -300,7 +327,7 @@ def _forward(logits: Tensor, targets: Tensor, groups: int, *options: object) -> 
 def _fake_forward(
     logits: Tensor, targets: Tensor, groups: int, *options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with_gradient = options[-1]
+    with_gradient = options[-2]
     dtype = _compute_dtype(logits)
     return (
         logits.new_empty((), dtype=dtype),
@@ -317,6 +344,7 @@ def _keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(terms)
     ctx.save_for_backward(gradient)
+    ctx.unscale = 1 / inputs[-1]
 
 
 def _keep_constant_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -326,7 +354,12 @@ def _keep_constant_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Te
 
 def _scale_gradient(ctx, grad_loss: Tensor | None, *_: None) -> tuple:
     (gradient,) = ctx.saved_tensors
-    return (None if grad_loss is None else gradient * grad_loss, *[None] * 13)
+    if grad_loss is None:
+        return (None,) * 15
+    factor = grad_loss * ctx.unscale
+    if gradient.dtype != factor.dtype:  # as a scalar it would be rounded to the gradient's dtype first
+        factor = factor.reshape(1)
+    return ((gradient * factor).to(gradient.dtype), *[None] * 14)
 
 
 torch.library.register_autograd(
@@ -337,8 +370,8 @@ torch.library.register_autograd(
 class _Differentiated(torch.autograd.Function):
     """The op with autograd for eager mode.
 
-    The gradient, the op's third output, stays differentiable: differentiating twice then arrives in `backward` as a
-    gradient of that output and is refused, instead of being taken for zero.
+    The gradient, the op's third output, stays differentiable: differentiating twice then arrives in
+    `backward` as a gradient of that output and is refused, instead of being taken for zero.
     """
 
     @staticmethod
@@ -351,10 +384,18 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> tuple:
         if grad_gradient is not None:
             raise RuntimeError(_TWICE)
-        # On the CPU reading the factor costs nothing, and the usual 1 saves a pass over the gradient.
-        if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-            return (*ctx.saved_tensors, *[None] * 13)
-        return _scale_gradient(ctx, grad_loss)
+        if grad_loss is None or torch._C._autograd._get_current_graph_task_keep_graph():
+            return _scale_gradient(ctx, grad_loss)
+        # Nobody can ask for the gradient again: its memory is handed on, scaled in place. On the CPU reading the
+        # factor costs nothing, and the usual 1 saves a pass over the gradient.
+        (gradient,) = ctx.saved_tensors
+        if type(grad_loss) is Tensor and grad_loss.device.type == "cpu":
+            factor = grad_loss.item() * ctx.unscale
+            if factor != 1:
+                gradient.mul_(factor)
+        else:
+            gradient.mul_((grad_loss * ctx.unscale).reshape(1))
+        return (gradient, *[None] * 14)
 
 
 class _DifferentiatedUnderTransforms(torch.autograd.Function):

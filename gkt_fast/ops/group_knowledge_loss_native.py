@@ -17,7 +17,7 @@ def load_cpp() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     native = native_module()
 
     def forward(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-        results = _allocate(logits, options[-1])
+        results = _allocate(logits, with_gradient=options[-2])
         parameters, _keep = _parameters(native, logits, targets, options, *results)
         native.group_knowledge_loss_cpu(parameters, torch.get_num_threads())
         return results
@@ -36,7 +36,7 @@ def _parameters(native, logits, targets, options, loss, terms, gradient) -> tupl
     probabilities = targets.is_floating_point()
     if probabilities:
         targets = targets.to(loss.dtype)
-    with_gradient = options[-1]
+    *options, with_gradient, gradient_scale = options
     parameters = native.GroupKnowledgeLossParams(
         DTYPES[logits.dtype],
         logits.data_ptr(),
@@ -49,6 +49,7 @@ def _parameters(native, logits, targets, options, loss, terms, gradient) -> tupl
         probabilities,
         loss.data_ptr(),
         terms.data_ptr(),
-        *options[:-1],
+        *options,
+        gradient_scale,
     )
     return parameters, targets
