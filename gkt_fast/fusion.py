@@ -206,12 +206,13 @@ def _reason_against_shortcut(shortcut: nn.Module | None) -> str | None:
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.running_mean is not None and not _is_hooked(module)
+    """`__class__`, since a stand-in of the stacked execution looks like the layer that it stands for."""
+    return module.__class__ is nn.BatchNorm2d and module.running_mean is not None and not _is_hooked(module)
 
 
 def _is_batch_norm_relu(module: nn.Module) -> bool:
     """timm's BatchNorm that carries an activation, with ReLU and without dropping."""
-    kind = type(module)
+    kind = module.__class__
     return (
         kind.__name__ == "BatchNormAct2d"
         and kind.__module__ == "timm.layers.norm_act"

@@ -14,6 +14,7 @@ from .config import GKTConfig
 from .execution import EXECUTION_MODES, Network, StepResult, Streams, choose_execution
 from .execution.interception import find_sites
 from .flops import count_layers
+from .fusion import fuse_blocks
 from .models.discovery import find_stages, stages_from_paths
 from .plan import Cost, Layer, make_plan
 from .sampling import minimum_depths, sample_subnets
@@ -73,6 +74,8 @@ class GKT(nn.Module):
         self.stages = find_stages(model) if stages is None else stages_from_paths(model, stages)
         minimum_depths(self.stages, config)
         sample_subnets(self.stages, config, step=0)
+        if config.fuse_blocks and config.groups:
+            fuse_blocks(model)
         self.next_step = 0
         self._sites = find_sites(model, self.stages)
         self._writes_input: dict[str, bool] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .lean import run_lean
 from .sequential import run_sequential
 from .shared import run_shared
+from .stacked import run_stacked
 from .step import Execution, Network, StepResult, Streams
 
 __all__ = ["EXECUTION_MODES", "Execution", "Network", "StepResult", "Streams", "choose_execution"]
@@ -12,6 +13,7 @@ __all__ = ["EXECUTION_MODES", "Execution", "Network", "StepResult", "Streams", "
 EXECUTION_MODES: dict[str, Execution] = {
     "sequential": run_sequential,
     "shared": run_shared,
+    "stacked": run_stacked,
     "lean": run_lean,
 }
 
