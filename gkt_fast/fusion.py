@@ -33,7 +33,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     statistics, SyncBatchNorm, a hook on a BatchNorm or ReLU, a subclass, a forward of its own. Results are the
     same up to rounding.
 
-    torch.jit.script and torch.fx want unfused blocks: call `unfuse_blocks` before.
+    torch.jit.script wants unfused blocks: call `unfuse_blocks` before.
 
     Returns:
         The module paths of the fused blocks.
@@ -129,7 +129,8 @@ class FusedBlock:
     def forward(self, x: Tensor) -> Tensor:
         form = self._form
         if (
-            x.dtype not in DTYPES
+            not isinstance(x, Tensor)  # torch.fx traces the block's own forward
+            or x.dtype not in DTYPES
             or x.device.type not in ("cpu", "cuda")
             or torch_module._has_any_global_hook()
             or _reason_against(self, form) is not None
