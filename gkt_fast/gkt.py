@@ -49,7 +49,7 @@ class GKT(nn.Module):
             with `.logits`, or a dict with "logits" or "out".
         config: the hyper-parameters.
         stages: the stages, where they aren't found by themselves: for each the module path of its container, or the
-            module paths of its blocks in order.
+            module paths of its blocks in order (see `stages_from_paths`).
 
     Raises:
         ValueError: the model has no residual blocks, or config doesn't fit its stages.
