@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from .plain import run_plain
 from .sequential import run_sequential
 from .shared import run_shared
 from .step import Execution, Network, StepResult, Streams
 
-__all__ = ["EXECUTION_MODES", "Execution", "Network", "StepResult", "Streams", "choose_execution"]
+__all__ = [
+    "EXECUTION_MODES",
+    "Execution",
+    "Network",
+    "StepResult",
+    "Streams",
+    "choose_execution",
+    "run_plain",
+]
 
 EXECUTION_MODES: dict[str, Execution] = {"sequential": run_sequential, "shared": run_shared}
 
