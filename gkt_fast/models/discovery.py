@@ -61,15 +61,15 @@ def find_stages(model: nn.Module) -> list[Stage]:
 def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -> list[Stage]:
     """Stages named by hand.
 
-    A block whose forward can't be traced is taken at the caller's word: it can be dropped, so leave out one that
-    changes shape.
+    A block whose forward can't be traced is taken at the caller's word: it can be dropped, so leave out one
+    that changes shape.
 
     Args:
         model: the network.
         stages: for every stage the module path of its container, or the module paths of its blocks in order.
 
     Raises:
-        ValueError: a path doesn't exist, is named twice or lies within another, or nothing named can be dropped.
+        ValueError: a path doesn't exist, is named twice or lies within another, or no block can be dropped.
         TypeError: an entry is neither a path nor a sequence of paths.
     """
     if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
