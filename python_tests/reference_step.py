@@ -1,7 +1,7 @@
 """A training step written down plainly, to hold the package's execution modes against.
 
-Nothing here comes from the package's own execution or loss: every stream is the model's own forward with the dropped
-blocks replaced, the loss is written from its formulas, and one backward goes over the sum.
+Nothing here comes from the package's own execution or loss: every stream is the model's own forward with the
+dropped blocks replaced, the loss is written from its formulas, and one backward goes over the sum.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def reference_step(
     grad_output: float = 1.0,
     skip: Callable[[], nn.Module] = Skip,
 ) -> Outcome:
-    """One step over the streams; `dropped` holds the block paths each one drops, the full network (none) first."""
+    """One step over the streams; `dropped`: the block paths each one drops, the full network (none) first."""
     logits = []
     for stream, paths in enumerate(dropped):
         counts = stream == 0 or config.batch_norm == "sequential"
@@ -134,7 +134,7 @@ def assert_modes_agree(
     floor: float = 0.0,
     **options: Any,
 ) -> Outcome:
-    """Every mode against the plain loop, each on its own copy of the model; returns what the plain loop gave."""
+    """Every mode against the plain loop, each on its own copy of the model; returns the loop's."""
     skip = options.pop("skip", Skip)
     stages = options.pop("stages", None)
     expected = reference_step(

@@ -10,6 +10,12 @@ import yaml
 
 from gkt_fast import GKTConfig
 
+NUMBERS = (
+    "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
+    "label_smoothing",
+)  # fmt: skip
+BOOLEANS = ("normalize_logits", "distill_ignored")
+
 WRONG_VALUES = [
     ("groups", -1, "at least 0"),
     ("loops", 0, "at least 1"),
@@ -29,9 +35,7 @@ WRONG_VALUES = [
     ("label_smoothing", 1.5, r"in \[0, 1\]"),
     ("batch_norm", "none", "one of full, sequential"),
     ("execution", "fast", "one of auto, sequential, shared"),
-    *((name, math.nan, "must be in") for name in (
-        "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate", "label_smoothing"
-    )),
+    *((name, math.nan, "must be in") for name in NUMBERS),
 ]  # fmt: skip
 
 WRONG_TYPES = [
@@ -39,10 +43,8 @@ WRONG_TYPES = [
       for value in (1.0, "1", None, True)),
     ("min_depth", 1.5, "an integer"),
     ("min_depth", (1, "2"), "an integer"),
-    *((name, value, "a number") for name in (
-        "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate", "label_smoothing"
-    ) for value in ("0.5", None, True)),
-    *((name, value, "True or False") for name in ("normalize_logits", "distill_ignored") for value in (1, "yes")),
+    *((name, value, "a number") for name in NUMBERS for value in ("0.5", None, True)),
+    *((name, value, "True or False") for name in BOOLEANS for value in (1, "yes")),
     ("sampler", 3, "a string"),
     ("sampler", ["uniform"], "a string"),
 ]  # fmt: skip
@@ -77,8 +79,16 @@ def test_every_field_is_checked():
             r"subnets has 1 entries; it must have groups \(2\) or loops \* groups \(4\)",
         ),
         ({"sampler": "fixed", "subnets": 3}, TypeError, "subnets is 3; it must be a sequence of depths"),
-        ({"sampler": "fixed", "subnets": "abc"}, TypeError, "subnets is 'abc'; it must be a sequence of depths"),
-        ({"sampler": "fixed", "subnets": (1, 2, 3)}, TypeError, r"subnets is \(1, 2, 3\).*sequence of depths"),
+        (
+            {"sampler": "fixed", "subnets": "abc"},
+            TypeError,
+            "subnets is 'abc'; it must be a sequence of depths",
+        ),
+        (
+            {"sampler": "fixed", "subnets": (1, 2, 3)},
+            TypeError,
+            r"subnets is \(1, 2, 3\).*sequence of depths",
+        ),
         ({"sampler": "fixed", "subnets": ("12", "1", "1")}, TypeError, "subnets is .*sequence of depths"),
         (
             {"sampler": "fixed", "subnets": ((1.5,),), "groups": 1},
@@ -125,7 +135,9 @@ def test_a_config_does_not_change():
     [
         GKTConfig(),
         GKTConfig(groups=2, loops=2, min_depth=(1, 2, 1), temperature=3.5, normalize_logits=True, seed=9),
-        GKTConfig(sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="sequential", ignore_index=255),
+        GKTConfig(
+            sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="sequential", ignore_index=255
+        ),
     ],
 )
 def test_round_trip(config, tmp_path):

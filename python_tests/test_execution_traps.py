@@ -105,9 +105,7 @@ def test_block_that_writes_into_its_input_over_several_steps(block):
     """What the first step learns about the blocks holds in the next ones."""
     models = {mode: Net(lambda: block()) for mode in MODES}
     for mode, model in models.items():
-        gkt = GKT(
-            model, GKTConfig(groups=3, execution=mode, sampler="stochastic_depth"), stages=["blocks"]
-        )
+        gkt = GKT(model, GKTConfig(groups=3, execution=mode, sampler="stochastic_depth"), stages=["blocks"])
         for step in range(4):
             inputs, targets = batch(seed=step)
             gkt(*inputs, targets, step=step).loss.backward()
@@ -193,7 +191,7 @@ class FlatStem(Net):
 
 
 def test_one_in_place_module_called_between_all_blocks():
-    """Against the same network with that module out of place: with a block dropped it would meet its own output."""
+    """Against the network with that module out of place: where a block is dropped it meets its output."""
     inputs, targets = batch()
     for dropped in (SOME, drops([3], [3], [0, 1, 2, 3], [])):
         plain = FlatStem()
@@ -596,7 +594,7 @@ class DropoutBlock(Block):
 
 
 def test_streams_share_the_noise_of_a_shared_state():
-    """Two equal subnets, and a subnet equal to the full net, see one draw; one by one they see different ones."""
+    """A subnet equal to the full net sees the same draw; one by one they see different ones."""
     inputs, targets = batch()
     config = GKTConfig(groups=1, loops=1)
     torch.manual_seed(1)
