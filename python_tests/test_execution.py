@@ -213,6 +213,7 @@ def test_two_losses_in_one_backward(mode):
     model = cifar()
     expected_model = copy.deepcopy(model)
     gkt = GKT(model, config.replace(execution=mode))
+    buffers = dict(model.named_buffers())
     losses = []
     for step in range(2):
         inputs, targets = batch(seed=step)
@@ -223,6 +224,7 @@ def test_two_losses_in_one_backward(mode):
     (0.5 * losses[0] + 0.5 * losses[1]).backward()
     actual = outcome_of(model, inputs, expected.loss, expected.terms, expected.logits)
     assert_same(actual, expected)
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
     before = model.bn1.num_batches_tracked.clone()
     gkt(*inputs, targets)
     assert model.bn1.num_batches_tracked == before + 1

@@ -45,12 +45,14 @@ def test_state_dict_keys_of_the_model_are_unchanged(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_model_keeps_nothing_of_a_step(mode):
     model = small()
+    buffers = dict(model.named_buffers())
     vars_before = {name: set(vars(module)) for name, module in model.named_modules()}
     gkt = GKT(model, GKTConfig(execution=mode, batch_norm="sequential"))
     gkt(*batch()).loss.backward()
     for name, module in model.named_modules():
         assert set(vars(module)) == vars_before[name]
         assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
     assert all(p.is_leaf and isinstance(p, nn.Parameter) for p in model.parameters())
 
 
