@@ -103,7 +103,7 @@ class GKTConfig:
             return
         if not _is_sequence(self.subnets) or not all(map(_is_sequence, self.subnets)):
             raise TypeError(
-                f"subnets is {self.subnets!r}; it must be a sequence of depths, each with one number per stage"
+                f"subnets is {self.subnets!r}; it must be a sequence of depths, one number per stage each"
             )
         subnets = tuple(_depths("subnets", tuple(depths)) for depths in self.subnets)
         if len(subnets) not in (self.groups, self.groups * self.loops):

@@ -6,13 +6,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .execution.interception import Site, intercept
 from .plan import Layer
 
-__all__ = ["count_layers"]
+__all__ = ["count_layers", "one_sample", "same_form"]
+
+
+def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The form of one sample of a model's inputs: tensors on the device "meta", other values as they are.
+
+    Tensors whose first dimension is not the batch (that of the first tensor) keep their shape.
+    """
+    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+
+    def form(value: Tensor) -> Tensor:
+        shape = (1, *value.shape[1:]) if value.dim() and value.shape[0] == batch else value.shape
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return tuple(form(value) if isinstance(value, Tensor) else value for value in inputs)
+
+
+def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether the tensors of two samples have the same shapes."""
+    return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
 
 
 @torch.no_grad()
@@ -22,7 +41,8 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     Args:
         model: the network; left in the mode it was in, with the random state it had.
         sites: its blocks and the modules between them.
-        inputs: the model's positional arguments; one sample is enough.
+        inputs: the model's positional arguments in the form of `one_sample`. The model gets zeros, floating
+            point ones in the dtype of its parameters.
     """
     layers: list[Layer] = []
     training = {module: module.training for module in model.modules()}
@@ -34,10 +54,18 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         layers.append(Layer(site.path, site.is_block, counter.get_total_flops() - before))
         return output
 
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = parameter.dtype if value.is_floating_point() else value.dtype
+        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
+
     model.eval()
     try:
         with torch.random.fork_rng(), intercept(model, sites, call), counter:
-            model(*inputs)
+            model(*map(zeros, inputs))
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GKTConfig
-from .execution import EXECUTION_MODES, Network, StepResult, Streams, choose_execution
+from .execution import EXECUTION_MODES, Network, Streams, choose_execution, run_plain
 from .execution.interception import find_sites
-from .flops import count_layers
+from .flops import count_layers, one_sample, same_form
 from .fusion import fuse_blocks
 from .models.discovery import find_stages, stages_from_paths
 from .plan import Cost, Layer, make_plan
@@ -50,7 +48,7 @@ class GKT(nn.Module):
             with `.logits`, or a dict with "logits" or "out".
         config: the hyper-parameters.
         stages: the stages, where they aren't found by themselves: for each the module path of its container, or the
-            module paths of its blocks in order.
+            module paths of its blocks in order (see `stages_from_paths`).
 
     Raises:
         ValueError: the model has no residual blocks, or config doesn't fit its stages.
@@ -106,47 +104,23 @@ class GKT(nn.Module):
                 so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
 
         Raises:
-            ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`).
+            ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
+                integer, or the model returns no logits.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if targets is None:
             return self.model(*inputs)
         if step is None:
             step = self.next_step
-        if self.training:
-            self.next_step = step + 1
-        self._remember(inputs)
         subnets = self.sample(step)
-        result = (
-            self._run(inputs, targets, subnets, loss_scale) if subnets else self._run_plain(inputs, targets)
-        )
-        return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
-
-    def _run(
-        self,
-        inputs: tuple[Any, ...],
-        targets: Tensor,
-        subnets: list[Subnet],
-        loss_scale: float | Tensor | None,
-    ) -> StepResult:
+        self._remember(inputs)
         dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
         network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
-        mode = choose_execution(self.config.execution)
-        return EXECUTION_MODES[mode](network, inputs, targets, Streams(dropped, self.config), loss_scale)
-
-    def _run_plain(self, inputs: tuple[Any, ...], targets: Tensor) -> StepResult:
-        """Plain training, bit for bit: groups=0."""
-        from .execution.states import logits_of
-
-        logits = logits_of(self.model(*inputs))
-        ce = F.cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.config.ignore_index,
-            label_smoothing=self.config.label_smoothing,
-        )
-        loss = ce if self.config.ce_weight == 1.0 else self.config.ce_weight * ce
-        return StepResult(loss, ce.detach().reshape(1), logits.detach())
+        run = EXECUTION_MODES[choose_execution(self.config.execution)] if subnets else run_plain
+        result = run(network, inputs, targets, Streams(dropped, self.config), loss_scale)
+        if self.training:
+            self.next_step = step + 1
+        return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
 
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.
@@ -166,9 +140,7 @@ class GKT(nn.Module):
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""
         if inputs is not None:
-            self._example = None
             self._remember(inputs if isinstance(inputs, tuple) else (inputs,))
-            self._layers = None
         if self._example is None:
             raise ValueError(
                 "inputs is None and the model has not been called yet; pass an example of its input"
@@ -178,12 +150,10 @@ class GKT(nn.Module):
         return self._layers
 
     def _remember(self, inputs: tuple[Any, ...]) -> None:
-        """Keeps the form of one sample, without its values."""
-        if self._example is None:
-            self._example = tuple(
-                torch.zeros_like(value[:1], requires_grad=False) if isinstance(value, Tensor) else value
-                for value in inputs
-            )
+        """Keeps the form of one sample, without its values; another form is counted anew."""
+        example = one_sample(inputs)
+        if self._example is None or not same_form(example, self._example):
+            self._example, self._layers = example, None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from .lean import run_lean
+from .plain import run_plain
 from .sequential import run_sequential
 from .shared import run_shared
 from .stacked import run_stacked
 from .step import Execution, Network, StepResult, Streams
 
-__all__ = ["EXECUTION_MODES", "Execution", "Network", "StepResult", "Streams", "choose_execution"]
+__all__ = [
+    "EXECUTION_MODES",
+    "Execution",
+    "Network",
+    "StepResult",
+    "Streams",
+    "choose_execution",
+    "run_plain",
+]
 
 EXECUTION_MODES: dict[str, Execution] = {
     "sequential": run_sequential,

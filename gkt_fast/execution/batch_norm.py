@@ -42,7 +42,7 @@ class BatchStatistics(NamedTuple):
 
 
 def tracking_layers(model: nn.Module) -> list[_NormBase]:
-    """The normalisation layers that update running statistics now: in training mode, with statistics to track.
+    """The normalisation layers that update running statistics now: in training mode, with some to track.
 
     Layers that a failed backward left frozen are put in order first.
     """

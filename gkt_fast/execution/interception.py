@@ -48,7 +48,7 @@ class Site:
 
 
 def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
-    """The blocks, and every outermost module that neither is a block nor contains one (stem, transitions, head).
+    """The blocks, and every outermost module that is no block and contains none (stem, transitions, head).
 
     Raises:
         ValueError: two blocks are one place, because their container stands in the model twice.
@@ -77,8 +77,8 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
     hidden = sorted(blocks - {site.path for site in sites})
     if hidden:
         raise ValueError(
-            f"stages names {hidden[0]!r}, which is the same place as another block: its container stands in the model "
-            "twice. Build two containers that hold the same blocks"
+            f"stages names {hidden[0]!r}, which is the same place as another block: its container stands in "
+            "the model twice. Build two containers that hold the same blocks"
         )
     return sites
 
@@ -91,9 +91,10 @@ def check_called(sites: Iterable[Site], called: Container[str]) -> None:
     """
     blocks = [site.path for site in sites if site.is_block]
     if not any(path in called for path in blocks):
+        names = ", ".join([*map(repr, blocks[:3]), *(["..."] if len(blocks) > 3 else [])])
         raise ValueError(
-            f"stages names {', '.join(map(repr, blocks[:3]))}{', ...' if len(blocks) > 3 else ''}, but the model's "
-            "forward did not call any of them through its parent module, so that none can be dropped"
+            f"stages names {names}, but the model's forward did not call any of them through its parent "
+            "module, so that none can be dropped"
         )
 
 

@@ -108,7 +108,7 @@ class States:
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
-        # Before the first block, kept or dropped, streams don't part: modules of the stem may write into their inputs.
+        # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
         if self.past_stem:
             output = run_watched(self.writes_input, site.path, module, args, kwargs)
         else:
@@ -154,8 +154,8 @@ def _check_untouched(state: _State, where: str) -> None:
     if _versions(state.output) != state.versions:
         raise SharedStateError(
             f"the model changed an activation in place outside its blocks, {where} "
-            "(for example x += y, or an in-place activation outside any module); streams share that activation. "
-            "Use execution='sequential', or make that operation out of place"
+            "(for example x += y, or an in-place activation outside any module); streams share that "
+            "activation. Use execution='sequential', or make that operation out of place"
         )
 
 
