@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -298,10 +299,19 @@ def _scheduler(
 
 
 def _loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader]:
-    options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
+    options = {
+        "num_workers": args.workers,
+        "pin_memory": args.device.startswith("cuda"),
+        "worker_init_fn": _ignore_interrupt,
+    }
     size = min(args.batch_size, len(data.train))  # type: ignore[arg-type]
     train_loader = DataLoader(data.train, size, shuffle=True, drop_last=True, **options)
     return train_loader, DataLoader(data.test, max(size, 256), **options)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _version(package: str) -> str:
