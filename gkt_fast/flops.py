@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .execution.interception import Site, intercept
 from .plan import Layer
@@ -24,6 +23,8 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         sites: its blocks and the modules between them.
         inputs: the model's positional arguments; one sample is enough.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
+
     layers: list[Layer] = []
     training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
