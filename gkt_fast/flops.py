@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .execution.interception import Site, intercept
 from .plan import Layer
@@ -44,6 +43,8 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         inputs: the model's positional arguments in the form of `one_sample`. The model gets zeros, floating
             point ones in the dtype of its parameters.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
+
     layers: list[Layer] = []
     training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
