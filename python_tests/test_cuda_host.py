@@ -157,10 +157,11 @@ PLANTED = {
     "dynamic_bounds": r"out of bounds .*thread \(63, 0, 0\).*offset 256 of dynamic shared memory, which has "
     "256 bytes",
     "static_bounds": r"out of bounds .*thread \(63, 0, 0\): index 64 of 'float \[64\]' at planted.cu:\d+",
-    "shared_race": r"race .* in shared memory, which thread \(31, 0, 0\) wrote \(planted.cu:\d+\)",
-    "warp_race": r"race .* in shared memory, which thread \(0, 0, 0\) read",
-    "write_race": r"race .* write of 4 bytes .* in shared memory, which thread \(0, 0, 0\) wrote",
-    "byte_race": r"race .* write of 1 bytes .* in shared memory, which thread \(0, 0, 0\) read",
+    "static_pointer": r"out of bounds .*thread \(32, 0, 0\).*: byte 128 of first of 128 bytes",
+    "shared_race": r"race .* in shared memory '(tile|bytes)', which thread \(31, 0, 0\) wrote \(planted.cu:\d+\)",
+    "warp_race": r"race .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) read",
+    "write_race": r"race .* write of 4 bytes .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) wrote",
+    "byte_race": r"race .* write of 1 bytes .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) read",
     "block_race": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): .* in global memory, which thread "
     r"\(32, 0, 0\) of block \(0, 0, 0\) wrote",
     "last_block": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): read .* in global memory, which thread "

@@ -38,7 +38,7 @@ COMMON_FLAGS = (
     "-g1",
     "-Werror=uninitialized",
 )
-# The sanitizers' calls end in runtime/memory.cpp and runtime/undefined.cpp, not in GCC's libraries.
+# The sanitizers' calls end in runtime/instrumentation.cpp, not in GCC's libraries.
 KERNEL_FLAGS = (
     *("-x", "c++", "-O1", "-Wno-unknown-pragmas"),
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
@@ -221,9 +221,22 @@ def _compile_all(sources: Sequence[Path], define: Sequence[str] = ()) -> list[Pa
 def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     flags = [*_flags(source), *(f"-D{name}" for name in define)]
     target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
-    if not target.exists():
+    if not target.exists() and source.suffix == ".cu":
+        assembly = target.with_suffix(f".{os.getpid()}.s")
+        _run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
+        assembly.write_text(_with_red_zones(assembly.read_text()))
+        _produce(target, ["g++", "-c", str(assembly)])
+        assembly.unlink()
+    elif not target.exists():
         _produce(target, ["g++", *flags, "-c", str(source)])
     return target
+
+
+def _with_red_zones(assembly: str) -> str:
+    """Leaves 256 bytes free behind every function-local static variable, which `__shared__` ones are."""
+    red_zone = r"\n\t.local\t\2.redzone\n\t.comm\t\2.redzone,256,1"
+    assembly = re.sub(r"(?m)^(\t\.comm\t(_ZZ[^,\n]+),\d+,\d+)$", r"\1" + red_zone, assembly)
+    return re.sub(r"(?m)^(\t\.size\t(_ZZ\w+), (\d+)\n\2:\n\t\.zero\t\3)$", r"\1\n\t.zero\t256", assembly)
 
 
 def _link(objects: Sequence[Path], stem: str, flags: Sequence[str] = ()) -> Path:

@@ -74,6 +74,19 @@ __global__ void static_bounds_kernel(float* y, bool correct) {
   y[threadIdx.x] = threadIdx.x;
 }
 
+__device__ void fill(float* begin, int count) {
+  if (static_cast<int>(threadIdx.x) < count) begin[threadIdx.x] = threadIdx.x;
+}
+
+__global__ void static_pointer_kernel(float* y, bool correct) {
+  __shared__ float first[32], second[32];
+  fill(second, 32);
+  __syncthreads();
+  fill(first, correct ? 32 : 33);
+  __syncthreads();
+  y[threadIdx.x] = first[threadIdx.x % 32] + second[threadIdx.x % 32];
+}
+
 __global__ void shared_race_kernel(float* y, bool correct) {
   __shared__ float tile[64];
   tile[threadIdx.x] = threadIdx.x;
@@ -181,6 +194,7 @@ PLANTED(uninitialised_dynamic,
         launch<uninitialised_dynamic_kernel>(1, 64, 256, nullptr, y, correct))
 PLANTED(dynamic_bounds, launch<dynamic_bounds_kernel>(1, 64, 256, nullptr, y, correct))
 PLANTED(static_bounds, launch<static_bounds_kernel>(1, 64, 0, nullptr, y, correct))
+PLANTED(static_pointer, launch<static_pointer_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(shared_race, launch<shared_race_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(warp_race, launch<warp_race_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(write_race, launch<write_race_kernel>(1, 64, 0, nullptr, y, correct))

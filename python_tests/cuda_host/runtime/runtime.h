@@ -62,12 +62,22 @@ void start_fiber(Thread& thread, void (*entry)());
 void run_fiber(Thread& thread);  // from the scheduler, until the fiber suspends
 void suspend_fiber(Thread& thread);
 
+// regions.cpp
+enum class Kind { read, write, atomic };
+enum class Space { global, shared, constant };
+void begin_launch_regions();
+void poison_dynamic_shared_memory();
+// What the accessed memory is; sets `violation` where the running thread may not access it.
+Space classify(uintptr_t address, size_t bytes, Kind kind, std::string& violation);
+std::string region_name(uintptr_t address, Space space);
+uint32_t site_of(const void* return_address);  // an offset into this library
+std::string source_line(uint32_t site);
+
 // memory.cpp
 void begin_launch_memory();
 void begin_block_memory();
 void end_barrier_interval();
 std::string take_unwritten();  // the text of a read of unwritten shared memory, if any
-void* shared_arena();
-std::string source_line(uint32_t site);  // of an offset into this library
+void judge(const void* address, size_t bytes, Kind kind, const void* return_address);
 
 }  // namespace cuda_host

@@ -243,6 +243,7 @@ void run_block() {
         start_fiber(thread, &fiber_entry);
       }
   begin_block_memory();
+  poison_dynamic_shared_memory();
   const int warps = (count + kWarp - 1) / kWarp;
   do {
     for (int i = 0; i < warps && !has_violation(); ++i) {
@@ -318,7 +319,6 @@ uint3 block_dimensions() {
 uint3 grid_dimensions() {
   return {current_launch.grid.x, current_launch.grid.y, current_launch.grid.z};
 }
-void* dynamic_shared_memory() { return shared_arena(); }
 
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int operand, int width,
                          Site site) {
@@ -383,6 +383,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entr
     pending_error = "cuda-host: invalid launch of kernel " + current_launch.kernel + ": " + invalid;
     return;
   }
+  begin_launch_regions();
   begin_launch_memory();
   in_launch = true;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
