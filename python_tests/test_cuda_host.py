@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from cuda_host import build
+from cuda_host import address_sanitizer, build
 
 from gkt_fast.ops import registry, use_backend
 from gkt_fast.ops.native import DTYPES
@@ -158,6 +158,7 @@ PLANTED = {
     "256 bytes",
     "static_bounds": r"out of bounds .*thread \(63, 0, 0\): index 64 of 'float \[64\]' at planted.cu:\d+",
     "static_pointer": r"out of bounds .*thread \(32, 0, 0\).*: byte 128 of first of 128 bytes",
+    "external": r"out of bounds .*thread \(32, 0, 0\).*: byte 128 of first of 128 bytes",
     "shared_race": r"race .* in shared memory '(tile|bytes)', which thread \(31, 0, 0\) wrote \(planted.cu:\d+\)",
     "warp_race": r"race .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) read",
     "write_race": r"race .* write of 4 bytes .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) wrote",
@@ -249,12 +250,12 @@ def test_launches_from_several_threads(reductions):
 
 def test_out_of_bounds_under_address_sanitizer():
     try:
-        environment = build.address_sanitizer_environment()
+        environment = address_sanitizer.environment()
     except build.CompilationError as error:
         pytest.skip(str(error))
     code = f"""
 import ctypes
-from cuda_host import build
+from cuda_host import address_sanitizer, build
 library = build.load_library({str(KERNELS / "planted.cu")!r})
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

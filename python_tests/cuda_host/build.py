@@ -57,7 +57,7 @@ def missing_tools() -> str | None:
     compiler = shutil.which("g++")
     if compiler is None:
         return "g++ is not on PATH"
-    version = _run([compiler, "-dumpversion"]).strip()
+    version = run([compiler, "-dumpversion"]).strip()
     if int(version.split(".")[0]) < 11:
         return f"g++ is {version}; it must be 11 or newer"
     if importlib.util.find_spec("pybind11") is None:
@@ -92,7 +92,7 @@ def native_module() -> ModuleType:
     bindings = ROOT / "csrc" / "bindings.cpp"
     objects = _compile_all([*RUNTIME, ROOT / "csrc" / "cpu" / "isa.cpp", *kernels, bindings])
     # The CPU entries that bindings.cpp names are defined as the one that says they are missing.
-    undefined = _run(["nm", "-u", *map(str, objects)])
+    undefined = run(["nm", "-u", *map(str, objects)])
     absent = sorted(set(re.findall(r"\bgkt_\w+_cpu\b", undefined)))
     path = _link(objects, "_native", [f"-Wl,--defsym={name}=gkt_no_cpu_kernel" for name in absent])
     loader = importlib.machinery.ExtensionFileLoader("cuda_host._native", str(path))
@@ -110,10 +110,14 @@ def register(op: str, functions: Callable[[ModuleType], Any]) -> None:
         functions: makes the object with the op's functions over a native module; the op's "cuda" backend is
             `functions(native_cuda_module())`, this one is `functions(native_module())`.
     """
+
+    def load() -> Any:
+        if reason := missing_tools():
+            raise registry.BackendError(reason)
+        return functions(native_module())
+
     dtypes = registry.find(op, "cuda").dtypes
-    registry.register(
-        registry.Implementation(op, "cuda-host", ("cpu",), dtypes, lambda: functions(native_module()))
-    )
+    registry.register(registry.Implementation(op, "cuda-host", ("cpu",), dtypes, load))
 
 
 @contextmanager
@@ -144,23 +148,6 @@ def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
         library.cuda_host_set_last_first(0)
 
 
-def address_sanitizer_environment() -> dict[str, str]:
-    """The environment of a subprocess whose allocations have red zones, which the runtime then checks.
-
-    Raises:
-        CompilationError: the compiler has no libasan.
-    """
-    # libasan looks for the real __cxa_throw when it starts, so libstdc++ has to be there already.
-    libraries = [
-        _run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    for library in libraries:
-        if not Path(library).is_absolute():
-            raise CompilationError(f"the compiler has no {library}")
-    options = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0"
-    return {**os.environ, "LD_PRELOAD": " ".join(map(os.path.realpath, libraries)), "ASAN_OPTIONS": options}
-
-
 def _extent(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
@@ -170,7 +157,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 @functools.cache
 def _compiler_version() -> str:
-    return _run(["g++", "--version"])
+    return run(["g++", "--version"])
 
 
 @functools.cache
@@ -223,7 +210,7 @@ def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
     if not target.exists() and source.suffix == ".cu":
         assembly = target.with_suffix(f".{os.getpid()}.s")
-        _run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
+        run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
         assembly.write_text(_with_red_zones(assembly.read_text()))
         _produce(target, ["g++", "-c", str(assembly)])
         assembly.unlink()
@@ -253,11 +240,11 @@ def _link(objects: Sequence[Path], stem: str, flags: Sequence[str] = ()) -> Path
 def _produce(target: Path, command: Sequence[str]) -> None:
     """Runs the command with a temporary output, so that two processes can fill the cache at once."""
     temporary = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    _run([*command, "-o", str(temporary)])
+    run([*command, "-o", str(temporary)])
     temporary.replace(target)
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise CompilationError(f"{' '.join(command)}\n{result.stderr}")

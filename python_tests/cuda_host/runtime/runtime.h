@@ -1,5 +1,6 @@
 // The runtime behind ../include: one fiber per CUDA thread, warps of 32 run in order, blocks one
-// after another. memory.cpp judges every load and store, scheduler.cpp every collective.
+// after another. memory.cpp judges every load and store, collective.cpp every barrier, shuffle and
+// vote.
 #pragma once
 
 #include <cstddef>
@@ -61,6 +62,14 @@ uintptr_t fiber_stacks();  // kMaxThreads stacks of kStackBytes each, one after 
 void start_fiber(Thread& thread, void (*entry)());
 void run_fiber(Thread& thread);  // from the scheduler, until the fiber suspends
 void suspend_fiber(Thread& thread);
+
+// collective.cpp
+// Completes the warp collective that `first` waits in, if all lanes of its mask do.
+bool resolve_collective(Thread* warp, int lanes, Thread& first);
+void report_stuck(const Thread* warp, int lanes, const Thread& stuck);
+// All warps have stopped: ends the interval, then releases the barrier or reports who never reaches
+// it.
+bool resolve_barrier(Thread* threads, int count);
 
 // regions.cpp
 enum class Kind { read, write, atomic };
