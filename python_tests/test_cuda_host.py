@@ -306,3 +306,32 @@ def test_register_adds_the_backend(monkeypatch):
         assert registry.select("doubled", "cpu", torch.float32).native is build.native_module()
     registry._load.cache_clear()
     registry._automatic.cache_clear()
+
+
+def test_traffic_is_counted(reductions):
+    x, y = torch.randn(3000), torch.empty(3000)
+    with build.count_traffic(reductions) as rows:
+        call(reductions, "double_elements", address(x), 0, ctypes.c_int64(3000), address(y))
+    (kernel,) = {row.kernel for row in rows}
+    assert "double_kernel<float>" in kernel
+    assert {(row.kind, row.accesses, row.bytes, row.distinct_bytes) for row in rows if row.line == ""} == {
+        ("read", 750, 12000, 12000),
+        ("write", 750, 12000, 12000),
+    }
+    (read,) = (row for row in rows if row.line and row.kind == "read")
+    assert re.fullmatch(r"common.cuh:\d+ from reductions.cu:\d+", read.line)
+    assert 12000 <= read.sector_bytes <= 12000 + 32 * 25, "whole sectors, but for the ends of each warp"
+
+
+def test_traffic_shows_uncoalesced_reads(reductions):
+    columns = 64
+    x, statistics = torch.randn(2, columns), torch.empty(2, 6)
+    with build.count_traffic(reductions) as rows:
+        call(
+            reductions, "block_statistics", address(x), 0, 2, ctypes.c_int64(columns), 32, address(statistics)
+        )
+    reads = [row for row in rows if row.line == "" and row.kind == "read"]
+    writes = [row for row in rows if row.line == "" and row.kind == "write"]
+    assert reads[0].bytes == reads[0].distinct_bytes == 2 * columns * 4
+    assert writes[0].bytes == 2 * 6 * 4
+    assert writes[0].sector_bytes >= 2 * 6 * 32, "one thread writes six numbers one by one"

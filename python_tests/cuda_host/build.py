@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +36,11 @@ COMMON_FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
-    "-g1",
     "-Werror=uninitialized",
 )
 # The sanitizers' calls end in runtime/instrumentation.cpp, not in GCC's libraries.
 KERNEL_FLAGS = (
-    *("-x", "c++", "-O1", "-Wno-unknown-pragmas"),
+    *("-x", "c++", "-O1", "-g", "-Wno-unknown-pragmas"),
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero",
 )
@@ -132,6 +132,45 @@ def only_buffers(library: ctypes.CDLL, *tensors: torch.Tensor) -> Iterator[None]
         library.cuda_host_set_buffers(None, None, 0)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Global memory accesses of one source line of a kernel.
+
+    Args:
+        kernel: name of the kernel; the line "" is all of it.
+        line: "FILE:LINE", with " from FILE:LINE" where that was inlined.
+        kind: "read", "write" or "atomic update".
+        accesses: number of accesses, one per thread.
+        bytes: what the threads asked for.
+        sector_bytes: what the memory moves for it, in whole sectors of 32 bytes, when the lanes of a warp that
+            run the line for the n-th time are one request and nothing stays in a cache.
+        distinct_bytes: bytes at different addresses, 0 for a single line: the least that must be moved.
+    """
+
+    kernel: str
+    line: str
+    kind: str
+    accesses: int
+    bytes: int
+    sector_bytes: int
+    distinct_bytes: int
+
+
+@contextmanager
+def count_traffic(library: ctypes.CDLL | ModuleType) -> Iterator[list[Traffic]]:
+    """Counts the global memory accesses of the kernels launched in this block; the list is filled at its end."""
+    library = _as_library(library)
+    library.cuda_host_count_traffic.restype = ctypes.c_char_p
+    rows: list[Traffic] = []
+    library.cuda_host_count_traffic(1)
+    try:
+        yield rows
+    finally:
+        for text in library.cuda_host_count_traffic(0).decode().splitlines():
+            kernel, line, kind, *numbers = text.split("\t")
+            rows.append(Traffic(kernel, line, kind, *map(int, numbers)))
+
+
 @contextmanager
 def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
     """Kernels launched in this block run their last block, warp and lane first, which must not change a bit.
@@ -139,13 +178,16 @@ def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
     Args:
         library: what `load_library` or `native_module` returned.
     """
-    if isinstance(library, ModuleType):
-        library = ctypes.CDLL(library.__file__)
+    library = _as_library(library)
     library.cuda_host_set_last_first(1)
     try:
         yield
     finally:
         library.cuda_host_set_last_first(0)
+
+
+def _as_library(library: ctypes.CDLL | ModuleType) -> ctypes.CDLL:
+    return ctypes.CDLL(library.__file__) if isinstance(library, ModuleType) else library
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -39,14 +39,20 @@ std::string hex(unsigned value) {
   return text;
 }
 
+// The source line of the collective a thread waits in, with the line that it was inlined into.
+std::string line_of(const Thread& thread) {
+  const std::string line = source_line(site_of(thread.caller));
+  return line.rfind("offset", 0) == 0 ? site_name(thread.site) : line;
+}
+
 // Where a thread that doesn't take part in a collective is instead.
 std::string whereabouts(const Thread& thread) {
   switch (thread.state) {
     case State::in_warp_collective:
       return "waits in " + std::string(name_of(static_cast<Collective>(thread.kind))) +
-             " with mask " + hex(thread.mask) + " at " + site_name(thread.site);
+             " with mask " + hex(thread.mask) + " at " + line_of(thread);
     case State::in_block_barrier:
-      return "waits in __syncthreads at " + site_name(thread.site);
+      return "waits in __syncthreads at " + line_of(thread);
     case State::exited:
       return "has exited";
     default:
@@ -84,9 +90,8 @@ int source_lane(const Thread& thread) {
 }
 
 std::string collective_name(const Thread& thread) {
-  return std::string(name_of(static_cast<Collective>(thread.kind))) + " at " +
-         site_name(thread.site) + " by thread " + thread_name(thread.number) + " with mask " +
-         hex(thread.mask);
+  return std::string(name_of(static_cast<Collective>(thread.kind))) + " at " + line_of(thread) +
+         " by thread " + thread_name(thread.number) + " with mask " + hex(thread.mask);
 }
 
 }  // namespace
@@ -164,7 +169,7 @@ bool resolve_barrier(Thread* threads, int count) {
     const bool together = thread.state == State::in_block_barrier && thread.kind == waiting->kind &&
                           is_same(thread.site, waiting->site);
     if (!together) {
-      report("divergent barrier", "__syncthreads at " + site_name(waiting->site) + " by thread " +
+      report("divergent barrier", "__syncthreads at " + line_of(*waiting) + " by thread " +
                                       thread_name(waiting->number) + " is not reached by thread " +
                                       thread_name(i) + ", which " + whereabouts(thread));
       return false;
@@ -192,6 +197,7 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int ope
   thread.operand = operand;
   thread.width = width;
   thread.site = site;
+  thread.caller = __builtin_return_address(0);
   if ((mask >> (thread.number % kWarp) & 1u) == 0)
     report("inactive lane", collective_name(thread) + ": the calling lane is not in the mask");
   if (width < 1 || width > kWarp || (width & (width - 1)) != 0)
@@ -207,6 +213,7 @@ int block_barrier(Barrier kind, int predicate, Site site) {
   thread.kind = static_cast<int>(kind);
   thread.value = predicate != 0;
   thread.site = site;
+  thread.caller = __builtin_return_address(0);
   thread.state = State::in_block_barrier;
   suspend_fiber(thread);
   return static_cast<int>(thread.value);

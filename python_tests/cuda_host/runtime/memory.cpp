@@ -202,6 +202,7 @@ void judge(const void* pointer, size_t bytes, Kind kind, const void* return_addr
   if (!violation.empty())
     report("out of bounds", access_name(kind, address, bytes, site) + ": " + violation);
   if (space == Space::constant) return;
+  if (counting_traffic && space == Space::global) count_access(address, bytes, kind, site, *thread);
   uintptr_t position = address;
   const uintptr_t end = address + bytes;
   while (position < end) {

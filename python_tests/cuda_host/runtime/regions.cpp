@@ -225,16 +225,19 @@ std::string source_line(uint32_t site) {
   char offset[32];
   std::snprintf(offset, sizeof offset, "0x%x", site);
   // addr2line of binutils; a sanitizer preloaded into this process isn't meant for it.
-  const std::string command = "env -u LD_PRELOAD addr2line -s -e '" + regions.library->path + "' " +
-                              offset + " 2>/dev/null";
-  std::string line;
+  const std::string command = "env -u LD_PRELOAD addr2line -s -i -e '" + regions.library->path +
+                              "' " + offset + " 2>/dev/null";
+  std::vector<std::string> frames;  // the innermost inlined function first
   if (FILE* pipe = popen(command.c_str(), "r")) {
     char text[512];
-    if (std::fgets(text, sizeof text, pipe) != nullptr) line = text;
+    while (std::fgets(text, sizeof text, pipe) != nullptr) {
+      const std::string frame(text, std::strcspn(text, " \n"));
+      if (frame[0] != '?' && frame.rfind("cuda_runtime.h:", 0) != 0) frames.push_back(frame);
+    }
     pclose(pipe);
   }
-  line = line.substr(0, line.find_first_of(" \n"));
-  return line.empty() || line[0] == '?' ? std::string("offset ") + offset : line;
+  if (frames.empty()) return std::string("offset ") + offset;
+  return frames.size() == 1 ? frames[0] : frames.front() + " from " + frames.back();
 }
 
 }  // namespace cuda_host

@@ -32,6 +32,7 @@ struct Thread {
   uint64_t value = 0;
   int operand = 0, width = 0;
   Site site = {};
+  const void* caller = nullptr;
 };
 
 struct Launch {
@@ -80,6 +81,7 @@ void poison_dynamic_shared_memory();
 Space classify(uintptr_t address, size_t bytes, Kind kind, std::string& violation);
 std::string region_name(uintptr_t address, Space space);
 uint32_t site_of(const void* return_address);  // an offset into this library
+// "FILE:LINE", and " from FILE:LINE" where that was inlined.
 std::string source_line(uint32_t site);
 
 // memory.cpp
@@ -88,5 +90,10 @@ void begin_block_memory();
 void end_barrier_interval();
 std::string take_unwritten();  // the text of a read of unwritten shared memory, if any
 void judge(const void* address, size_t bytes, Kind kind, const void* return_address);
+
+// traffic.cpp
+extern bool counting_traffic;
+void count_access(uintptr_t address, size_t bytes, Kind kind, uint32_t site, const Thread& thread);
+void end_block_traffic();
 
 }  // namespace cuda_host

@@ -79,6 +79,7 @@ void run_block() {
       run_warp(threads + first, std::min(kWarp, count - first));
     }
   } while (!has_violation() && resolve_barrier(threads, count));
+  end_block_traffic();
 }
 
 std::string invalid_configuration(dim3 grid, dim3 block, size_t shared_bytes) {
