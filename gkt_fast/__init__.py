@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
+from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
 from .losses import GroupKnowledgeLoss
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
@@ -27,8 +28,10 @@ __all__ = [
     "active_subnet",
     "evaluate",
     "extract_subnet",
+    "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
     "recalibrate_batch_norm",
+    "unfuse_blocks",
     "use_backend",
 ]
