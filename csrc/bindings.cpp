@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -33,6 +34,8 @@ int without_gil(const Body& body) {
   py::gil_scoped_release release;
   return body();
 }
+
+int64_t item(const py::tuple& tuple, size_t index) { return tuple[index].cast<int64_t>(); }
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -99,6 +102,81 @@ void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_ru
   check(without_gil([&] { return run(&params, threads); }));
 }
 
+// Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial
+// dimensions. Neighbours that one stride can walk in every tensor are merged.
+void set_rows(gkt_group_knowledge_loss_params& p, const py::tuple& shape, const py::tuple& logits,
+              const py::tuple& gradient, const py::tuple& targets) {
+  p.row_dims = 0;
+  for (size_t d = 1; d < shape.size(); ++d) {
+    if (d == 2 || item(shape, d) == 1) continue;
+    // Targets are (B, *spatial), or (B, C, *spatial) where they are probabilities.
+    const size_t target_dim = d == 1 ? 0 : d - (p.probabilities ? 1 : 2);
+    const int64_t size = item(shape, d), logits_stride = item(logits, d),
+                  gradient_stride = item(gradient, d), targets_stride = item(targets, target_dim);
+    const int last = p.row_dims - 1;
+    if (last >= 0 && p.logits_row_strides[last] == size * logits_stride &&
+        p.gradient_row_strides[last] == size * gradient_stride &&
+        p.targets_row_strides[last] == size * targets_stride) {
+      p.row_sizes[last] *= size;
+    } else {
+      if (p.row_dims == GKT_MAX_ROW_DIMS) throw py::value_error("logits has too many dimensions");
+      ++p.row_dims;
+      p.row_sizes[last + 1] = size;
+    }
+    p.logits_row_strides[p.row_dims - 1] = logits_stride;
+    p.gradient_row_strides[p.row_dims - 1] = gradient_stride;
+    p.targets_row_strides[p.row_dims - 1] = targets_stride;
+  }
+  if (p.row_dims == 0) {
+    p.row_dims = 1;
+    p.row_sizes[0] = 1;
+  }
+}
+
+// Addresses with sizes and strides in elements; the options are in the order of the Python
+// function.
+gkt_group_knowledge_loss_params group_knowledge_loss_params(
+    int dtype, uintptr_t logits, const py::tuple& shape, const py::tuple& logits_strides,
+    uintptr_t gradient, const py::tuple& gradient_strides, uintptr_t targets,
+    const py::tuple& targets_strides, bool probabilities, uintptr_t loss, uintptr_t terms,
+    int64_t groups, double ema, double temperature, bool normalize_logits, double eps,
+    double ce_weight, double kd_weight, double subnet_ce_weight, int64_t ignore_index,
+    double label_smoothing, bool distill_ignored, double gradient_scale) {
+  gkt_group_knowledge_loss_params p{};
+  p.logits = pointer<const void>(logits);
+  p.gradient = pointer<void>(gradient);
+  p.targets = pointer<const void>(targets);
+  p.loss = pointer<void>(loss);
+  p.terms = pointer<void>(terms);
+  p.dtype = dtype;
+  p.probabilities = probabilities;
+  p.streams = item(shape, 0);
+  p.classes = item(shape, 2);
+  p.groups = groups;
+  set_rows(p, shape, logits_strides, gradient_strides, targets_strides);
+  p.logits_stream_stride = item(logits_strides, 0);
+  p.logits_class_stride = item(logits_strides, 2);
+  p.gradient_stream_stride = item(gradient_strides, 0);
+  p.gradient_class_stride = item(gradient_strides, 2);
+  p.targets_class_stride = probabilities ? item(targets_strides, 1) : 0;
+  p.ema = ema;
+  p.temperature = temperature;
+  p.eps = eps;
+  p.ce_weight = ce_weight;
+  p.kd_weight = kd_weight;
+  p.subnet_ce_weight = subnet_ce_weight;
+  p.label_smoothing = label_smoothing;
+  p.ignore_index = ignore_index;
+  p.normalize_logits = normalize_logits;
+  p.distill_ignored = distill_ignored;
+  p.gradient_scale = gradient_scale;
+  return p;
+}
+
+void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int threads) {
+  check(without_gil([&] { return gkt_group_knowledge_loss_cpu(&params, threads); }));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -107,4 +185,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("build_info", &build_info);
   module.def("ghost_batch_norm_fwd_cpu", &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cpu>);
   module.def("ghost_batch_norm_bwd_cpu", &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cpu>);
+  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
+      .def(py::init(&group_knowledge_loss_params));
+  module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
 }

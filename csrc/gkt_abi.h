@@ -38,6 +38,35 @@ struct gkt_ghost_batch_norm_params {
   int32_t dtype, channels_last, relu, use_running;
 };
 
+// Rows of a tensor: its batch and spatial dimensions, merged where memory allows, the innermost
+// last.
+#define GKT_MAX_ROW_DIMS 8
+
+// group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
+// index times stride, in elements.
+typedef struct {
+  const void* logits;
+  void* gradient;       // times gradient_scale, of the logits' dtype; NULL: none wanted
+  const void* targets;  // int64 class indices, or probabilities of the compute dtype
+  void* loss;           // one value of the compute dtype (double for double, float otherwise)
+  void* terms;          // S values of the compute dtype
+  int32_t dtype;        // gkt_dtype of the logits
+  int32_t probabilities;
+  int64_t streams, classes, groups;
+  int32_t row_dims;
+  int64_t row_sizes[GKT_MAX_ROW_DIMS];
+  int64_t logits_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t gradient_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t targets_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t logits_stream_stride, logits_class_stride;
+  int64_t gradient_stream_stride, gradient_class_stride;
+  int64_t targets_class_stride;
+  double ema, temperature, eps, ce_weight, kd_weight, subnet_ce_weight, label_smoothing;
+  double gradient_scale;
+  int64_t ignore_index;
+  int32_t normalize_logits, distill_ignored;
+} gkt_group_knowledge_loss_params;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -46,6 +75,8 @@ int gkt_ghost_batch_norm_fwd_cpu(const struct gkt_ghost_batch_norm_params* param
 int gkt_ghost_batch_norm_bwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
 
 const char* gkt_last_error(void);
+
+int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
 
 #ifdef __cplusplus
 }

@@ -127,7 +127,7 @@ class GKT(nn.Module):
         loss_scale: float | Tensor | None,
     ) -> StepResult:
         dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
-        network = Network(self.model, self._sites, self._writes_input, self._returns)
+        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
         mode = choose_execution(self.config.execution)
         return EXECUTION_MODES[mode](network, inputs, targets, Streams(dropped, self.config), loss_scale)
 

@@ -77,8 +77,16 @@ def test_every_field_is_checked():
             r"subnets has 1 entries; it must have groups \(2\) or loops \* groups \(4\)",
         ),
         ({"sampler": "fixed", "subnets": 3}, TypeError, "subnets is 3; it must be a sequence of depths"),
-        ({"sampler": "fixed", "subnets": "abc"}, TypeError, "subnets is 'abc'; it must be a sequence of depths"),
-        ({"sampler": "fixed", "subnets": (1, 2, 3)}, TypeError, r"subnets is \(1, 2, 3\).*sequence of depths"),
+        (
+            {"sampler": "fixed", "subnets": "abc"},
+            TypeError,
+            "subnets is 'abc'; it must be a sequence of depths",
+        ),
+        (
+            {"sampler": "fixed", "subnets": (1, 2, 3)},
+            TypeError,
+            r"subnets is \(1, 2, 3\).*sequence of depths",
+        ),
         ({"sampler": "fixed", "subnets": ("12", "1", "1")}, TypeError, "subnets is .*sequence of depths"),
         (
             {"sampler": "fixed", "subnets": ((1.5,),), "groups": 1},
@@ -125,7 +133,9 @@ def test_a_config_does_not_change():
     [
         GKTConfig(),
         GKTConfig(groups=2, loops=2, min_depth=(1, 2, 1), temperature=3.5, normalize_logits=True, seed=9),
-        GKTConfig(sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="sequential", ignore_index=255),
+        GKTConfig(
+            sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="sequential", ignore_index=255
+        ),
     ],
 )
 def test_round_trip(config, tmp_path):

@@ -83,7 +83,8 @@ def test_masks_neither_ordered_nor_nested(seed, policy):
 
 
 @pytest.mark.parametrize(
-    "groups, loops, sampler, policy", [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "sequential")]
+    "groups, loops, sampler, policy",
+    [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "sequential")],
 )
 @pytest.mark.parametrize("build", [resnet18, narrow_resnet50])
 def test_torchvision_resnets_equal_the_plain_loop(build, groups, loops, sampler, policy):
@@ -131,7 +132,9 @@ def test_a_term_of_weight_zero_is_left_out_even_where_it_is_not_a_number(mode):
     config = GKTConfig(groups=2, ce_weight=0.0, ignore_index=0)
     model = cifar()
     inputs, targets = batch()
-    outcome = package_step(mode, model, inputs, torch.zeros_like(targets), dropped_of(model, config, 1), config)
+    outcome = package_step(
+        mode, model, inputs, torch.zeros_like(targets), dropped_of(model, config, 1), config
+    )
     assert outcome.terms[0].isnan()
     assert outcome.loss.isfinite() and torch.equal(outcome.loss, outcome.terms[1:].sum())
     assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
@@ -328,7 +331,9 @@ def test_a_hook_that_changes_the_gradient_works_in_both_modes():
     inputs, targets = batch()
     for mode in MODES:
         model = cifar()
-        plain = package_step(mode, copy.deepcopy(model), inputs, targets, dropped_of(model, config, 0), config)
+        plain = package_step(
+            mode, copy.deepcopy(model), inputs, targets, dropped_of(model, config, 0), config
+        )
         model.fc.weight.register_hook(lambda gradient: 2 * gradient)
         hooked = package_step(mode, model, inputs, targets, dropped_of(model, config, 0), config)
         assert torch.equal(hooked.gradients["fc.weight"], 2 * plain.gradients["fc.weight"])

@@ -105,9 +105,7 @@ def test_block_that_writes_into_its_input_over_several_steps(block):
     """What the first step learns about the blocks holds in the next ones."""
     models = {mode: Net(lambda: block()) for mode in MODES}
     for mode, model in models.items():
-        gkt = GKT(
-            model, GKTConfig(groups=3, execution=mode, sampler="stochastic_depth"), stages=["blocks"]
-        )
+        gkt = GKT(model, GKTConfig(groups=3, execution=mode, sampler="stochastic_depth"), stages=["blocks"])
         for step in range(4):
             inputs, targets = batch(seed=step)
             gkt(*inputs, targets, step=step).loss.backward()

@@ -86,7 +86,9 @@ def imports(name: str, path: Path) -> set[str]:
 
 def test_the_walk_sees_imports():
     """A walk that finds nothing would pass every other test here."""
-    assert "gkt_fast.execution.states" in imports("gkt_fast.execution.shared", MODULES["gkt_fast.execution.shared"])
+    assert "gkt_fast.execution.states" in imports(
+        "gkt_fast.execution.shared", MODULES["gkt_fast.execution.shared"]
+    )
     assert "gkt_fast._native" in imports("gkt_fast.ops.native", MODULES["gkt_fast.ops.native"])
     assert "torch.nn.functional" in imports("gkt_fast.gkt", MODULES["gkt_fast.gkt"])
 
@@ -107,7 +109,9 @@ def test_imports_run_one_way(name):
 def test_third_party_imports(name):
     outer = {target.split(".")[0] for target in imports(name, MODULES[name])} - {"gkt_fast"}
     outer -= sys.stdlib_module_names
-    assert outer <= EXTERNAL, f"{name} imports {sorted(outer - EXTERNAL)}, which the project does not depend on"
+    assert outer <= EXTERNAL, (
+        f"{name} imports {sorted(outer - EXTERNAL)}, which the project does not depend on"
+    )
     if fits(name, TORCH_FREE):
         assert outer <= {"yaml"}
     if fnmatchcase(name, ONLY_TORCH_AND_TRITON):

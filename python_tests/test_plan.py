@@ -97,7 +97,8 @@ def test_a_layer_called_twice_is_two_states():
 
 
 @pytest.mark.parametrize(
-    "depths, plain_ratio, one_by_one", [((3, 4, 6, 3), 2.00, 3.15), ((9, 9, 9), 1.97, 3.36), ((12,), 1.0, 3.50)]
+    "depths, plain_ratio, one_by_one",
+    [((3, 4, 6, 3), 2.00, 3.15), ((9, 9, 9), 1.97, 3.36), ((12,), 1.0, 3.50)],
 )
 def test_expected_costs_by_block_counts(depths, plain_ratio, one_by_one):
     """The means over many draws for three groups, of blocks that cost the same: to a few per cent."""

@@ -33,9 +33,7 @@ def test_depth_probabilities_follow_the_formula(parent, least, decay):
 def test_inherit_decay_draws_by_the_formula(decay):
     """The first group from the full depth, the second from each depth that the first one took."""
     config = GKTConfig(groups=2, decay=decay, min_depth=2)
-    pairs = Counter(
-        tuple(s.depths[0] for s in sample_subnets(ONE, config, step)) for step in range(20_000)
-    )
+    pairs = Counter(tuple(s.depths[0] for s in sample_subnets(ONE, config, step)) for step in range(20_000))
     cells = [(first, second) for first in range(2, 7) for second in range(2, first + 1)]
     assert set(pairs) <= set(cells)
     expected = [
@@ -51,7 +49,8 @@ def test_stages_are_drawn_independently():
     pairs = Counter(sample_subnets(stages, config, step)[0].depths for step in range(20_000))
     cells = [(a, b) for a in range(1, 7) for b in range(1, 4)]
     expected = [
-        20_000 * depth_probabilities(6, 1, 0.5)[a - 1] * depth_probabilities(3, 1, 0.5)[b - 1] for a, b in cells
+        20_000 * depth_probabilities(6, 1, 0.5)[a - 1] * depth_probabilities(3, 1, 0.5)[b - 1]
+        for a, b in cells
     ]
     assert chisquare([pairs[cell] for cell in cells], expected).pvalue > 1e-3
 
@@ -124,7 +123,13 @@ def test_no_groups():
 
 @pytest.mark.parametrize(
     "min_depth, expected",
-    [(0, (0, 1, 1, 1)), (1, (1, 1, 1, 1)), (3, (3, 3, 3, 3)), (5, (3, 4, 5, 3)), ((3, 0, 6, 2), (3, 1, 6, 2))],
+    [
+        (0, (0, 1, 1, 1)),
+        (1, (1, 1, 1, 1)),
+        (3, (3, 3, 3, 3)),
+        (5, (3, 4, 5, 3)),
+        ((3, 0, 6, 2), (3, 1, 6, 2)),
+    ],
 )
 def test_min_depth_forms(min_depth, expected):
     """One number holds for every stage as far as it goes; never fewer than can't be dropped."""
@@ -182,7 +187,9 @@ def test_a_step_that_is_no_integer(step):
 
 def test_a_sampler_of_ones_own(monkeypatch):
     def halves(parent, stages, config, index, draw):
-        return Subnet.ordered([max(s.least_depth, d // 2) for d, s in zip(parent.depths, stages, strict=True)], stages)
+        return Subnet.ordered(
+            [max(s.least_depth, d // 2) for d, s in zip(parent.depths, stages, strict=True)], stages
+        )
 
     monkeypatch.setitem(SAMPLERS, "halves", halves)
     subnets = sample_subnets(STAGES, GKTConfig(groups=2, sampler="halves"), 0)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from .lean import run_lean
 from .sequential import run_sequential
 from .shared import run_shared
 from .step import Execution, Network, StepResult, Streams
 
 __all__ = ["EXECUTION_MODES", "Execution", "Network", "StepResult", "Streams", "choose_execution"]
 
-EXECUTION_MODES: dict[str, Execution] = {"sequential": run_sequential, "shared": run_shared}
+EXECUTION_MODES: dict[str, Execution] = {
+    "sequential": run_sequential,
+    "shared": run_shared,
+    "lean": run_lean,
+}
 
 
 def choose_execution(requested: str) -> str:

@@ -38,6 +38,11 @@ class _State:
         self.statistics = statistics
         self.children: dict[int, _State] = {}
 
+    def release(self) -> None:
+        """Lets go of the activation; no stream will read it again."""
+        self.output = None
+        self.versions = []
+
 
 class States:
     """The states of one step.
