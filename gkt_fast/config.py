@@ -36,6 +36,8 @@ class GKTConfig:
         sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.sampling).
         drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
+        budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
+            raised as far as needed (gkt_fast.budget). None: no limit.
         batch_norm: `full`: only the full network updates running statistics. `sequential`: every stream does, in order.
         execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
             with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;
@@ -65,6 +67,7 @@ class GKTConfig:
     sampler: str = "inherit_decay"
     drop_rate: float = 0.5
     subnets: tuple[tuple[int, ...], ...] | None = None
+    budget: float | None = None
     batch_norm: str = "full"
     execution: str = "auto"
     fuse_blocks: bool = True
@@ -81,6 +84,8 @@ class GKTConfig:
         _check_number("temperature", self.temperature, 0.0, math.inf, open_low=True)
         _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
         _check_number("drop_rate", self.drop_rate, 0.0, 1.0, open_high=True)
+        if self.budget is not None:
+            _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
             _check_number(name, getattr(self, name), 0.0, math.inf)
         for name in ("normalize_logits", "distill_ignored", "fuse_blocks"):

@@ -1,4 +1,4 @@
-"""What each layer of a model costs, counted by torch's own FLOP counter."""
+"""What each layer of a model costs: operations by torch's own FLOP counter, memory by torch's saved-tensor hooks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
 
 
-@torch.no_grad()
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
     """Runs the model once in evaluation mode and counts the layers at `sites`, in order of execution.
 
@@ -46,13 +45,23 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
     layers: list[Layer] = []
+    weights = {value.data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
     training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         before = counter.get_total_flops()
+        saved.clear()
         output = module(*args, **kwargs)
-        layers.append(Layer(site.path, site.is_block, counter.get_total_flops() - before))
+        flops = counter.get_total_flops() - before
+        layers.append(Layer(site.path, site.is_block, flops, sum(saved.values())))
         return output
 
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -65,7 +74,13 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
 
     model.eval()
     try:
-        with torch.random.fork_rng(), intercept(model, sites, call), counter:
+        with (
+            torch.random.fork_rng(),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            intercept(model, sites, call),
+            counter,
+        ):
             model(*map(zeros, inputs))
     finally:
         for module, mode in training.items():
