@@ -19,12 +19,36 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Quartiles of one provider's time per call, in milliseconds."""
+    """One provider's times per call, in milliseconds, in the order measured."""
 
-    median: float
-    lower: float
-    upper: float
-    repeats: int
+    milliseconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+    @property
+    def lower(self) -> float:
+        """First quartile."""
+        return self._quartile(0)
+
+    @property
+    def upper(self) -> float:
+        """Third quartile."""
+        return self._quartile(2)
+
+    @property
+    def repeats(self) -> int:
+        return len(self.milliseconds)
+
+    def mean_ratio(self, baseline: Timing) -> float:
+        """Mean over the calls of their time relative to the baseline's median: what many calls cost on average."""
+        return statistics.fmean(self.milliseconds) / baseline.median
+
+    def _quartile(self, index: int) -> float:
+        if len(self.milliseconds) == 1:
+            return self.milliseconds[0]
+        return statistics.quantiles(self.milliseconds, n=4, method="inclusive")[index]
 
 
 def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
@@ -36,7 +60,7 @@ def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: in
     for _ in range(warmup):
         for provider in providers.values():
             provider()
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    milliseconds: dict[str, list[float]] = {name: [] for name in providers}
     gc.collect()
     gc.disable()
     try:
@@ -46,29 +70,16 @@ def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: in
                 start = time.perf_counter()
                 provider()
                 synchronize()
-                seconds[name].append(time.perf_counter() - start)
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
     finally:
         gc.enable()
-    return {name: _quartiles(values) for name, values in seconds.items()}
-
-
-def _quartiles(seconds: list[float]) -> Timing:
-    milliseconds = [1e3 * s for s in seconds]
-    if len(milliseconds) == 1:
-        return Timing(milliseconds[0], milliseconds[0], milliseconds[0], 1)
-    lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return Timing(median, lower, upper, len(milliseconds))
+    return {name: Timing(tuple(values)) for name, values in milliseconds.items()}
 
 
 def environment() -> dict[str, object]:
     """The columns that say where a row was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": _commit()}
 
 
 def _processor() -> str:

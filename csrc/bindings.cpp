@@ -1,5 +1,9 @@
 // The only file that knows Python: integers and floats in, GIL released, status -> exception.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "gkt_abi.h"
@@ -20,10 +24,168 @@ py::dict build_info() {
   return info;
 }
 
+void check(int status) {
+  if (status == GKT_INVALID) throw py::value_error(gkt_last_error());
+  if (status != GKT_OK) throw std::runtime_error(gkt_last_error());
+}
+
+template <class Body>
+int without_gil(const Body& body) {
+  py::gil_scoped_release release;
+  return body();
+}
+
+int64_t item(const py::tuple& tuple, size_t index) { return tuple[index].cast<int64_t>(); }
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, batch stride, channel stride, position stride)
+using Activation = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+gkt_activation activation(const Activation& a) {
+  return {pointer(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+// (dtype, channels_last, ghosts, rows of a ghost batch, channels, positions)
+using Shape = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, int64_t>;
+
+gkt_ghost_batch_norm_params ghost_batch_norm_params(const Shape& shape, double eps, bool relu,
+                                                    bool use_running) {
+  gkt_ghost_batch_norm_params params = {};
+  int32_t channels_last = 0;
+  std::tie(params.dtype, channels_last, params.ghosts, params.ghost_rows, params.channels,
+           params.positions) = shape;
+  params.channels_last = channels_last;
+  params.eps = eps;
+  params.relu = relu;
+  params.use_running = use_running;
+  return params;
+}
+
+template <int (*run)(const gkt_ghost_batch_norm_params*, int)>
+void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_running,
+                          const Activation& x, const Activation& residual, uintptr_t weight,
+                          uintptr_t bias, uintptr_t keep, const Activation& y, uintptr_t statistics,
+                          uintptr_t mask, int threads) {
+  gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
+  params.x = activation(x);
+  params.residual = activation(residual);
+  params.weight = pointer(weight);
+  params.bias = pointer(bias);
+  params.keep = pointer<const uint8_t>(keep);
+  params.y = activation(y);
+  params.statistics = pointer(statistics);
+  params.mask = pointer<uint8_t>(mask);
+  check(without_gil([&] { return run(&params, threads); }));
+}
+
+template <int (*run)(const gkt_ghost_batch_norm_params*, int)>
+void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_running,
+                          const Activation& grad_y, const Activation& x, uintptr_t weight,
+                          uintptr_t statistics, uintptr_t mask, uintptr_t keep,
+                          const Activation& grad_x, const Activation& grad_residual,
+                          uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+  gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
+  params.grad_y = activation(grad_y);
+  params.x = activation(x);
+  params.weight = pointer(weight);
+  params.statistics = pointer(statistics);
+  params.mask = pointer<uint8_t>(mask);
+  params.keep = pointer<const uint8_t>(keep);
+  params.grad_x = activation(grad_x);
+  params.grad_residual = activation(grad_residual);
+  params.grad_weight = pointer(grad_weight);
+  params.grad_bias = pointer(grad_bias);
+  check(without_gil([&] { return run(&params, threads); }));
+}
+
+// Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial
+// dimensions. Neighbours that one stride can walk in every tensor are merged.
+void set_rows(gkt_group_knowledge_loss_params& p, const py::tuple& shape, const py::tuple& logits,
+              const py::tuple& gradient, const py::tuple& targets) {
+  p.row_dims = 0;
+  for (size_t d = 1; d < shape.size(); ++d) {
+    if (d == 2 || item(shape, d) == 1) continue;
+    // Targets are (B, *spatial), or (B, C, *spatial) where they are probabilities.
+    const size_t target_dim = d == 1 ? 0 : d - (p.probabilities ? 1 : 2);
+    const int64_t size = item(shape, d), logits_stride = item(logits, d),
+                  gradient_stride = item(gradient, d), targets_stride = item(targets, target_dim);
+    const int last = p.row_dims - 1;
+    if (last >= 0 && p.logits_row_strides[last] == size * logits_stride &&
+        p.gradient_row_strides[last] == size * gradient_stride &&
+        p.targets_row_strides[last] == size * targets_stride) {
+      p.row_sizes[last] *= size;
+    } else {
+      if (p.row_dims == GKT_MAX_ROW_DIMS) throw py::value_error("logits has too many dimensions");
+      ++p.row_dims;
+      p.row_sizes[last + 1] = size;
+    }
+    p.logits_row_strides[p.row_dims - 1] = logits_stride;
+    p.gradient_row_strides[p.row_dims - 1] = gradient_stride;
+    p.targets_row_strides[p.row_dims - 1] = targets_stride;
+  }
+  if (p.row_dims == 0) {
+    p.row_dims = 1;
+    p.row_sizes[0] = 1;
+  }
+}
+
+// Addresses with sizes and strides in elements; the options are in the order of the Python
+// function.
+gkt_group_knowledge_loss_params group_knowledge_loss_params(
+    int dtype, uintptr_t logits, const py::tuple& shape, const py::tuple& logits_strides,
+    uintptr_t gradient, const py::tuple& gradient_strides, uintptr_t targets,
+    const py::tuple& targets_strides, bool probabilities, uintptr_t loss, uintptr_t terms,
+    int64_t groups, double ema, double temperature, bool normalize_logits, double eps,
+    double ce_weight, double kd_weight, double subnet_ce_weight, int64_t ignore_index,
+    double label_smoothing, bool distill_ignored, double gradient_scale) {
+  gkt_group_knowledge_loss_params p{};
+  p.logits = pointer<const void>(logits);
+  p.gradient = pointer<void>(gradient);
+  p.targets = pointer<const void>(targets);
+  p.loss = pointer<void>(loss);
+  p.terms = pointer<void>(terms);
+  p.dtype = dtype;
+  p.probabilities = probabilities;
+  p.streams = item(shape, 0);
+  p.classes = item(shape, 2);
+  p.groups = groups;
+  set_rows(p, shape, logits_strides, gradient_strides, targets_strides);
+  p.logits_stream_stride = item(logits_strides, 0);
+  p.logits_class_stride = item(logits_strides, 2);
+  p.gradient_stream_stride = item(gradient_strides, 0);
+  p.gradient_class_stride = item(gradient_strides, 2);
+  p.targets_class_stride = probabilities ? item(targets_strides, 1) : 0;
+  p.ema = ema;
+  p.temperature = temperature;
+  p.eps = eps;
+  p.ce_weight = ce_weight;
+  p.kd_weight = kd_weight;
+  p.subnet_ce_weight = subnet_ce_weight;
+  p.label_smoothing = label_smoothing;
+  p.ignore_index = ignore_index;
+  p.normalize_logits = normalize_logits;
+  p.distill_ignored = distill_ignored;
+  p.gradient_scale = gradient_scale;
+  return p;
+}
+
+void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int threads) {
+  check(without_gil([&] { return gkt_group_knowledge_loss_cpu(&params, threads); }));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "gkt_fast's native kernels. Call them through gkt_fast.ops.";
   module.attr("abi_version") = GKT_ABI_VERSION;
   module.def("build_info", &build_info);
+  module.def("ghost_batch_norm_fwd_cpu", &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cpu>);
+  module.def("ghost_batch_norm_bwd_cpu", &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cpu>);
+  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
+      .def(py::init(&group_knowledge_loss_params));
+  module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
 }

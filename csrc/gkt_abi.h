@@ -11,11 +11,72 @@ enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16
 // GKT_OK or the reason; gkt_last_error() has the text, per thread.
 enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2 };
 
+// An activation seen as (batch, channel, position), positions being all spatial places. Strides in
+// elements.
+struct gkt_activation {
+  void* data;
+  int64_t batch_stride, channel_stride, position_stride;
+};
+
+// ghost_batch_norm. Statistics and parameters are float, or double for double activations;
+// statistics are (3, ghosts, channels): mean, what rounding took from the mean, biased variance.
+// channels_last: channel_stride is 1 and batch_stride is positions * position_stride; otherwise
+// position_stride is 1. `mask` has one bit per element, 1 where the gradient passes the ReLU: rows
+// of ceil(length / 8) bytes, lowest bit first, one per (batch, position) of length channels in
+// channels_last, else one per (batch, channel) of length positions; unused bits are 0.
+struct gkt_ghost_batch_norm_params {
+  struct gkt_activation x, residual, y, grad_y, grad_x, grad_residual;
+  uint8_t* mask;        // null without ReLU
+  const void* weight;   // (channels), null for 1
+  const void* bias;     // (channels), null for 0
+  void* statistics;     // in when use_running, else out of the forward pass and into the backward
+  const uint8_t* keep;  // (ghosts), null for all
+  void* grad_weight;    // (channels)
+  void* grad_bias;      // (channels)
+  int64_t ghosts, ghost_rows, channels, positions;
+  double eps;
+  int32_t dtype, channels_last, relu, use_running;
+};
+
+// Rows of a tensor: its batch and spatial dimensions, merged where memory allows, the innermost
+// last.
+#define GKT_MAX_ROW_DIMS 8
+
+// group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
+// index times stride, in elements.
+typedef struct {
+  const void* logits;
+  void* gradient;       // times gradient_scale, of the logits' dtype; NULL: none wanted
+  const void* targets;  // int64 class indices, or probabilities of the compute dtype
+  void* loss;           // one value of the compute dtype (double for double, float otherwise)
+  void* terms;          // S values of the compute dtype
+  int32_t dtype;        // gkt_dtype of the logits
+  int32_t probabilities;
+  int64_t streams, classes, groups;
+  int32_t row_dims;
+  int64_t row_sizes[GKT_MAX_ROW_DIMS];
+  int64_t logits_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t gradient_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t targets_row_strides[GKT_MAX_ROW_DIMS];
+  int64_t logits_stream_stride, logits_class_stride;
+  int64_t gradient_stream_stride, gradient_class_stride;
+  int64_t targets_class_stride;
+  double ema, temperature, eps, ce_weight, kd_weight, subnet_ce_weight, label_smoothing;
+  double gradient_scale;
+  int64_t ignore_index;
+  int32_t normalize_logits, distill_ignored;
+} gkt_group_knowledge_loss_params;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+int gkt_ghost_batch_norm_fwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
+int gkt_ghost_batch_norm_bwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
+
 const char* gkt_last_error(void);
+
+int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
 
 #ifdef __cplusplus
 }

@@ -1,22 +1,37 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
+from .checkpoint import CheckpointError
 from .config import GKTConfig
+from .evaluation import Evaluation, evaluate
+from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
+from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
 from .losses import GroupKnowledgeLoss
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
 from .subnet import Stage, Subnet
+from .trainer import GKTTrainer, NonFiniteLossError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GKT",
+    "CheckpointError",
+    "Evaluation",
     "GKTConfig",
     "GKTOutput",
+    "GKTTrainer",
     "GroupKnowledgeLoss",
+    "NonFiniteLossError",
     "Stage",
     "Subnet",
     "__version__",
+    "active_subnet",
+    "evaluate",
+    "extract_subnet",
+    "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
+    "recalibrate_batch_norm",
+    "unfuse_blocks",
     "use_backend",
 ]

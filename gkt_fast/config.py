@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig"]
 
-EXECUTIONS = ("auto", "sequential", "shared")
+EXECUTIONS = ("auto", "sequential", "shared", "lean")
 BATCH_NORM_POLICIES = ("full", "sequential")
 
 

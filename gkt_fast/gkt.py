@@ -112,7 +112,7 @@ class GKT(nn.Module):
         subnets = self.sample(step)
         self._remember(inputs)
         dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
-        network = Network(self.model, self._sites, self._writes_input, self._returns)
+        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
         run = EXECUTION_MODES[choose_execution(self.config.execution)] if subnets else run_plain
         result = run(network, inputs, targets, Streams(dropped, self.config), loss_scale)
         if self.training:
@@ -152,13 +152,19 @@ class GKT(nn.Module):
         if self._example is None or not same_form(example, self._example):
             self._example, self._layers = example, None
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The step counter; part of this module's state_dict, not of the model's."""
-        return {"next_step": self.next_step}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""
+        return {
+            "next_step": self.next_step,
+            "writes_input": dict(self._writes_input),
+            "returns": dict(self._returns),
+        }
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restores the step counter."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`."""
         self.next_step = int(state["next_step"])
+        self._writes_input = dict(state["writes_input"])
+        self._returns = dict(state["returns"])
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .lean import run_lean
 from .plain import run_plain
 from .sequential import run_sequential
 from .shared import run_shared
@@ -17,7 +18,11 @@ __all__ = [
     "run_plain",
 ]
 
-EXECUTION_MODES: dict[str, Execution] = {"sequential": run_sequential, "shared": run_shared}
+EXECUTION_MODES: dict[str, Execution] = {
+    "sequential": run_sequential,
+    "shared": run_shared,
+    "lean": run_lean,
+}
 
 
 def choose_execution(requested: str) -> str:

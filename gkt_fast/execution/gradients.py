@@ -44,7 +44,6 @@ class GradientSum:
         self._input_aliases = {id(tensor): tensor.detach().requires_grad_() for tensor in wanted}
         self.sources = [*parameters, *wanted]
         self._leaves = [*aliases.values(), *self._input_aliases.values()]
-        self._gradients: list[Tensor | None] = [None] * len(self._leaves)
         self.loss_scale = loss_scale
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -65,24 +64,20 @@ class GradientSum:
                 parameters[name] = parameter
 
     def add(self, loss: Tensor) -> None:
-        """Backward of one stream's loss; adds its gradients to the sum."""
+        """Backward of one stream's loss; its gradients are added to the sum."""
         if not loss.requires_grad:
             return
         scaled = loss if self.loss_scale is None else loss * self.loss_scale
-        found = torch.autograd.grad(scaled, self._leaves, allow_unused=True)
+        scaled.backward()
         # Autocast caches low-precision copies of the weights; their graph ended with this backward.
         torch.clear_autocast_cache()
-        for i, gradient in enumerate(found):
-            if gradient is None:
-                continue
-            total = self._gradients[i]
-            self._gradients[i] = gradient if total is None else total + gradient
 
     def result(self) -> list[Tensor | None]:
         """The sum for every source, with the loss scale taken out."""
+        gradients = [leaf.grad for leaf in self._leaves]
         if self.loss_scale is None:
-            return self._gradients
-        return [None if g is None else g / self.loss_scale for g in self._gradients]
+            return gradients
+        return [None if gradient is None else gradient / self.loss_scale for gradient in gradients]
 
 
 def deliver(loss: Tensor, gradients: GradientSum) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import GroupKnowledge
 from .batch_norm import frozen_statistics, tracking_layers
 from .gradients import GradientSum, deliver
 from .interception import Site, check_called, intercept
 from .states import logits_of, skip_block
-from .step import Network, StepResult, Streams, knowledge_options
+from .step import Network, StepResult, Streams
+from .stream_loss import StreamLoss
 
 __all__ = ["run_sequential"]
 
@@ -33,10 +33,9 @@ def run_sequential(
     """Runs the streams one by one. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
     gradients = GradientSum(network.model, inputs, loss_scale)
-    knowledge = GroupKnowledge(**knowledge_options(config))
+    stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
     blocks = [site for site in network.sites if site.is_block]
-    total, terms, full_logits = None, [], None
     for stream, dropped in enumerate(streams.dropped):
 
         def call(
@@ -56,21 +55,6 @@ def run_sequential(
             logits = logits_of(gradients.run(network.model, inputs))
         if stream == 0:
             check_called(blocks, network.returns)
-            term = knowledge.full(logits, targets)
-            loss = _weighted(config.ce_weight, term)
-            full_logits = logits.detach()
-        else:
-            term = knowledge.subnet(logits, targets, streams.group(stream))
-            loss = _weighted(config.kd_weight, term)
-            if config.subnet_ce_weight:
-                loss = loss + config.subnet_ce_weight * knowledge.cross_entropy(logits, targets)
         with frozen_statistics(layers):
-            gradients.add(loss)
-        terms.append(term.detach())
-        total = loss.detach() if total is None else total + loss.detach()
-    return StepResult(deliver(total, gradients), torch.stack(terms), full_logits)
-
-
-def _weighted(weight: float, term: Tensor) -> Tensor:
-    """The weighted term; with weight 0 it counts nothing, even where it is not a number."""
-    return weight * term if weight else 0.0 * term.nan_to_num(0.0, 0.0, 0.0)
+            gradients.add(stream_loss(stream, logits))
+    return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)

@@ -38,6 +38,11 @@ class _State:
         self.statistics = statistics
         self.children: dict[int, _State] = {}
 
+    def release(self) -> None:
+        """Lets go of the activation; no stream will read it again."""
+        self.output = None
+        self.versions = []
+
 
 class States:
     """The states of one step.
@@ -104,10 +109,8 @@ class States:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
         # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
-        if self.past_stem:
-            output = self._execute_watched(site, module, args, kwargs)
-        else:
-            output = module(*args, **kwargs)
+        execute = self._execute_watched if self.past_stem else _execute_plainly
+        output = execute(site, module, args, kwargs)
         if site.is_block:
             self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
         return _State(output, self.past_stem, self.statistics[before:])
@@ -128,6 +131,10 @@ class States:
                 "streams share that activation. Use execution='sequential'"
             )
         return output
+
+
+def _execute_plainly(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    return module(*args, **kwargs)
 
 
 def _check_untouched(state: _State, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import GKTConfig
+from ..plan import Layer
 from .interception import Site
 
 __all__ = ["Execution", "Network", "StepResult", "Streams"]
@@ -23,12 +24,14 @@ class Network:
         sites: its blocks and the modules between them.
         writes_input: what is known of layers that write into their input (`states.States`).
         returns: what is known of the number of values that blocks return (`states.States`).
+        layers: gives the layers at the sites in order of execution, for modes that plan a step before they run it.
     """
 
     model: nn.Module
     sites: list[Site]
     writes_input: dict[str, bool] = field(default_factory=dict)
     returns: dict[str, int] = field(default_factory=dict)
+    layers: Callable[[], Sequence[Layer]] = list
 
 
 @dataclass(frozen=True)

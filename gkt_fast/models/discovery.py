@@ -51,8 +51,9 @@ def find_stages(model: nn.Module) -> list[Stage]:
         )
         raise ValueError(
             f"model ({type(model).__name__}) has no run of residual blocks that can be dropped. "
-            f"Runs of modules found in containers: {found or 'none'}. A block can be dropped when its input reaches its "
-            "output by an addition. Name the stages yourself with stages=[['layer1.0', 'layer1.1'], ...] or by the "
+            f"Runs of modules found in containers: {found or 'none'}. A block can be dropped when its input "
+            "reaches its output by an addition. Name the stages yourself with "
+            "stages=[['layer1.0', 'layer1.1'], ...] or by the "
             "paths of their containers, stages=['layer1', ...]"
         )
     return stages

@@ -2,11 +2,13 @@
 
 from .ghost_batch_norm import ghost_batch_norm
 from .group_knowledge_loss import GroupKnowledge, group_knowledge_loss, group_knowledge_loss_reference
+from .native import build_info
 from .registry import BackendError, explain, use_backend
 
 __all__ = [
     "BackendError",
     "GroupKnowledge",
+    "build_info",
     "explain",
     "ghost_batch_norm",
     "group_knowledge_loss",

@@ -14,20 +14,16 @@ mean, var (m, C); keep (m,).
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
 
+from . import ghost_batch_norm_backends as backends
+from .ghost_batch_norm_checks import check_arguments, statistics_dtype
+from .registry import select
+
 __all__ = ["ghost_batch_norm", "ghost_batch_norm_reference"]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("relu", "identity")
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of mean, var and the arithmetic: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def ghost_batch_norm_reference(
@@ -108,79 +104,180 @@ def ghost_batch_norm(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, or value is wrong, or in training a channel of a ghost batch has one value only.
     """
-    _check(x, weight, bias, ghosts, residual, keep, activation, eps, running_mean, running_var)
-    return ghost_batch_norm_reference(
+    check_arguments(x, weight, bias, ghosts, residual, keep, activation, eps, running_mean, running_var)
+    dtype = statistics_dtype(x.dtype)
+    if x.dtype != dtype:
+        weight, bias, running_mean, running_var = (
+            None if vector is None else vector.to(dtype)
+            for vector in (weight, bias, running_mean, running_var)
+        )
+    y, statistics, _ = _op(
+        x, weight, bias, residual, keep, running_mean, running_var, ghosts, activation == "relu", eps
+    )
+    return y, statistics[0], statistics[2]
+
+
+# The op's statistics are (3, m, C): mean, what rounding took from the mean, variance. The mask has one bit per
+# element of y, 1 where the ReLU passes the gradient (layout: csrc/gkt_abi.h); it is empty without ReLU.
+_library = torch.library.Library("gkt_fast", "FRAGMENT")
+_library.define(
+    "ghost_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? keep, "
+    "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)"
+)
+_library.define(
+    "ghost_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor statistics, Tensor mask, "
+    "Tensor? keep, int ghosts, bool relu, float eps, bool use_running, bool residual) "
+    "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _outputs(x: Tensor, channels_last: bool, ghosts: int, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x)
+    statistics = x.new_empty((3, ghosts, x.shape[1]), dtype=statistics_dtype(x.dtype))
+    mask = x.new_empty(backends.mask_size(x.shape, channels_last) if relu else 0, dtype=torch.uint8)
+    return y, statistics, mask
+
+
+def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+    x, channels_last = backends.readable(x)
+    y, statistics, mask = _outputs(x, channels_last, ghosts, relu)
+    if running_mean is not None:
+        statistics[0] = running_mean
+        statistics[1] = 0
+        statistics[2] = running_var
+    if x.numel() == 0:
+        return y, statistics if running_mean is not None else statistics.zero_(), mask
+    if residual is not None:
+        residual = backends.readable_as(residual, channels_last)
+    backend = select("ghost_batch_norm", x.device.type, x.dtype)
+    backend.forward(
+        backends.describe(x, channels_last, ghosts, relu, eps, running_mean is not None),
         x,
+        residual,
         weight,
         bias,
-        ghosts=ghosts,
-        residual=residual,
-        keep=keep,
-        activation=activation,
-        eps=eps,
-        running_mean=running_mean,
-        running_var=running_var,
+        keep,
+        y,
+        statistics,
+        mask,
+    )
+    return y, statistics, mask
+
+
+def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
+    x, channels_last = backends.readable(x)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if residual else x.new_empty(0)
+    grad_weight, grad_bias = statistics.new_empty((2, x.shape[1])).unbind()
+    if x.numel() == 0:
+        return grad_x, grad_residual, grad_weight.zero_(), grad_bias.zero_()
+    backend = select("ghost_batch_norm", x.device.type, x.dtype)
+    backend.backward(
+        backends.describe(x, channels_last, ghosts, relu, eps, use_running),
+        backends.readable_as(grad_y, channels_last),
+        x,
+        weight,
+        statistics,
+        mask,
+        keep,
+        grad_x,
+        grad_residual if residual else None,
+        grad_weight,
+        grad_bias,
+    )
+    return grad_x, grad_residual, grad_weight, grad_bias
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("ghost_batch_norm", _forward, _device)
+    _library.impl("ghost_batch_norm_backward", _backward, _device)
+
+
+@torch.library.register_fake("gkt_fast::ghost_batch_norm", lib=_library)
+def _fake_forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+    x, channels_last = backends.readable(x)
+    return _outputs(x, channels_last, ghosts, relu)
+
+
+@torch.library.register_fake("gkt_fast::ghost_batch_norm_backward", lib=_library)
+def _fake_backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
+    x, _ = backends.readable(x)
+    grad_residual = torch.empty_like(x) if residual else x.new_empty(0)
+    return (
+        torch.empty_like(x),
+        grad_residual,
+        statistics.new_empty(x.shape[1]),
+        statistics.new_empty(x.shape[1]),
     )
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ghosts: int,
-    residual: Tensor | None,
-    keep: Tensor | None,
-    activation: str,
-    eps: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-        raise TypeError(f"x is {_kind(x)}; it must be a tensor of {', '.join(map(str, DTYPES))}")
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (ghosts*B, C, *spatial)")
-    if isinstance(ghosts, bool) or not isinstance(ghosts, (int, torch.SymInt)):
-        raise TypeError(f"ghosts is {ghosts!r}; it must be an int")
-    if ghosts < 1 or x.shape[0] % ghosts != 0:
-        raise ValueError(f"ghosts is {ghosts}; it must be at least 1 and divide the {x.shape[0]} rows of x")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be 'relu' or 'identity'")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}; it must be finite and not negative")
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if vector is not None:
-            _check_tensor(name, vector, (x.shape[1],), (x.dtype, statistics_dtype(x.dtype)), x.device)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given together")
-    if residual is not None:
-        _check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device)
-    if keep is not None:
-        _check_tensor("keep", keep, (ghosts,), (torch.bool,), x.device)
-        if residual is None:
-            raise ValueError(
-                "keep is given without residual; a dropped ghost batch passes its residual through"
+class _GhostBatchNorm(torch.autograd.Function):
+    """The Autograd key's kernel. torch.library.register_autograd does the same at five times the overhead."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+        inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps
+        y, statistics, mask = _below_autograd(_op, *inputs)
+        ctx.mark_non_differentiable(statistics, mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, statistics, mask, keep)
+        ctx.options = ghosts, relu, eps, running_mean is not None
+        return y, statistics, mask
+
+    @staticmethod
+    def backward(ctx, grad_y, _statistics, _mask):
+        if grad_y is None:
+            return (None,) * 10
+        x, weight, statistics, mask, keep = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        ghosts, relu, eps, use_running = ctx.options
+        own_residual = needs_residual and relu  # without ReLU it is the gradient of y
+        if needs_x or needs_weight or needs_bias or own_residual:
+            # Without create_graph the Autograd key has nothing to do.
+            call = (
+                _backward_op if torch.is_grad_enabled() else functools.partial(_below_autograd, _backward_op)
             )
-    if running_mean is None and x.numel() == ghosts * x.shape[1] != 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} with ghosts={ghosts}: one value per channel and ghost batch has no "
-            "variance; training needs more than one"
+            grad_x, grad_residual, grad_weight, grad_bias = call(
+                grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, own_residual
+            )
+        else:
+            grad_x = grad_residual = grad_weight = grad_bias = None
+        return (
+            grad_x if needs_x else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            grad_residual if own_residual else grad_y if needs_residual else None,
+            *(None,) * 6,
         )
 
 
-def _check_tensor(name: str, value: object, shape: tuple, dtypes: tuple, device: torch.device) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        allowed = " or ".join(dict.fromkeys(map(str, dtypes)))
-        raise TypeError(f"{name} is {_kind(value)}; it must be a tensor of {allowed}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; it must be on {device}, as x is")
+class _GhostBatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _below_autograd(_backward_op, *inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "ghost_batch_norm can't be differentiated twice; ghost_batch_norm_reference can, and computes the same"
+        )
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _below_autograd(op, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _autograd_kernel(function: type[torch.autograd.Function], op):
+    return lambda *inputs: (
+        function.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(op, *inputs)
+    )
+
+
+_op = torch.ops.gkt_fast.ghost_batch_norm.default
+_backward_op = torch.ops.gkt_fast.ghost_batch_norm_backward.default
+_library.impl("ghost_batch_norm", _autograd_kernel(_GhostBatchNorm, _op), "Autograd")
+_library.impl(
+    "ghost_batch_norm_backward", _autograd_kernel(_GhostBatchNormBackward, _backward_op), "Autograd"
+)

@@ -17,11 +17,15 @@ prediction, so that B * prod(spatial) rows of C classes belong to each stream.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import group_knowledge_loss_native, registry
 from .group_knowledge_loss_checks import (
+    FLOAT_DTYPES,
     check_class_indices,
     check_hyperparameters,
     check_streams,
@@ -96,8 +100,7 @@ class GroupKnowledge:
         normalized = self._normalized(logits)
         log_p = F.log_softmax(self._knowledge[group - 1] / self.temperature, dim=1)
         log_q = F.log_softmax(normalized / self.temperature, dim=1)
-        p = log_p.exp()
-        divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(dim=1)
+        divergence = _divergence(log_p, log_q)
         if self.distill_ignored or targets.is_floating_point():
             kd = divergence.mean()
         else:
@@ -124,7 +127,8 @@ class GroupKnowledge:
         logits = logits.to(_compute_dtype(logits))
         if not self.normalize_logits:
             return logits
-        centered = logits - logits.mean(dim=1, keepdim=True)
+        centered = logits - logits[:, :1].detach()  # exact for equal logits, whatever their size
+        centered = centered - centered.mean(dim=1, keepdim=True)
         return centered * (centered.square().mean(dim=1, keepdim=True) + self.eps).rsqrt()
 
     def _update(self, group: int, normalized: Tensor) -> None:
@@ -231,23 +235,180 @@ def group_knowledge_loss(
         ValueError: a shape, device, hyper-parameter or class index is wrong. On a GPU a class index out of
             range is a device-side assertion instead, since reading it here would stall the device.
     """
-    return group_knowledge_loss_reference(
-        logits,
-        targets,
-        groups=groups,
-        loops=loops,
-        ema=ema,
-        temperature=temperature,
-        normalize_logits=normalize_logits,
-        eps=eps,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        subnet_ce_weight=subnet_ce_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        distill_ignored=distill_ignored,
-    )
+    options = {
+        "ema": ema,
+        "temperature": temperature,
+        "normalize_logits": normalize_logits,
+        "eps": eps,
+        "ce_weight": ce_weight,
+        "kd_weight": kd_weight,
+        "subnet_ce_weight": subnet_ce_weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "distill_ignored": distill_ignored,
+    }
+    check_hyperparameters(groups=groups, loops=loops, **options)
+    check_streams(logits, groups, loops)
+    check_tensors(logits, targets, ignore_index, class_dim=2)
+    if _runs_in_plain_torch(logits.device.type, logits.dtype):
+        return group_knowledge_loss_reference(logits, targets, groups=groups, loops=loops, **options)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not with_gradient:
+        op = torch.ops.gkt_fast.group_knowledge_loss.default
+    elif torch._C._are_functorch_transforms_active():
+        op = _DifferentiatedUnderTransforms.apply
+    else:
+        op = _Differentiated.apply
+    scale = _gradient_scale(logits, ce_weight, kd_weight * temperature, subnet_ce_weight)
+    loss, terms, _ = op(logits, targets, groups, *options.values(), with_gradient, scale)
+    return loss, terms
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q) over dimension 1, taken as sum_c (q - p - p (log q - log p)), since sum_c (q - p) = 0.
+
+    All summands are positive and errors of log p and log q cancel to first order: small divergences stay
+    accurate.
+    """
+    p, difference = log_p.exp(), log_q - log_p
+    near = difference.abs() < 1
+    change = torch.where(near, p * torch.expm1(torch.where(near, difference, 0.0)), log_q.exp() - p)
+    return (change - torch.where(p == 0, 0.0, p * difference)).sum(dim=1)  # 0 log 0 = 0
+
+
+def _gradient_scale(logits: Tensor, *weights: float) -> float:
+    """The power of two by which the op multiplies the gradient it stores.
+
+    float16 would lose the small gradients of a mean over many rows before a loss scale can reach them.
+    """
+    rows, largest = logits.numel() // (logits.shape[0] * logits.shape[2]), max(weights)
+    if logits.dtype != torch.float16 or rows == 0 or largest == 0:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(64 * rows / largest))
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _runs_in_plain_torch(device: str, dtype: torch.dtype) -> bool:
+    """Whether autograd differentiates the reference; torch.compile asks once, when it traces."""
+    return registry.select("group_knowledge_loss", device, dtype) is _PLAIN_TORCH
+
+
+_PLAIN_TORCH = object()
+
+registry.register(
+    registry.Implementation("group_knowledge_loss", "torch", (), FLOAT_DTYPES, lambda: _PLAIN_TORCH)
+)
+registry.register(
+    registry.Implementation(
+        "group_knowledge_loss", "cpp", ("cpu",), FLOAT_DTYPES, group_knowledge_loss_native.load_cpp
+    )
+)
+
+torch.library.define(
+    "gkt_fast::group_knowledge_loss",
+    "(Tensor logits, Tensor targets, int groups, float ema, float temperature, bool normalize_logits, "
+    "float eps, float ce_weight, float kd_weight, float subnet_ce_weight, int ignore_index, "
+    "float label_smoothing, bool distill_ignored, bool with_gradient, float gradient_scale) "
+    "-> (Tensor loss, Tensor terms, Tensor gradient)",
+)
+
+
+@torch.library.impl("gkt_fast::group_knowledge_loss", ("cpu", "cuda"))
+def _forward(logits: Tensor, targets: Tensor, groups: int, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+    backend = registry.select("group_knowledge_loss", logits.device.type, logits.dtype)
+    return backend(logits, targets, groups, *options)
+
+
+@torch.library.register_fake("gkt_fast::group_knowledge_loss")
+def _fake_forward(
+    logits: Tensor, targets: Tensor, groups: int, *options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient = options[-2]
+    dtype = _compute_dtype(logits)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(logits.shape[0], dtype=dtype),
+        torch.empty_like(logits) if with_gradient else logits.new_empty(0),
+    )
+
+
+_TWICE = "group_knowledge_loss can't be differentiated twice; group_knowledge_loss_reference can"
+
+
+def _keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, terms, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(terms)
+    ctx.save_for_backward(gradient)
+    ctx.unscale = 1 / inputs[-1]
+
+
+def _keep_constant_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep_gradient(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scale_gradient(ctx, grad_loss: Tensor | None, *_: None) -> tuple:
+    (gradient,) = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 15
+    factor = grad_loss * ctx.unscale
+    if gradient.dtype != factor.dtype:  # as a scalar it would be rounded to the gradient's dtype first
+        factor = factor.reshape(1)
+    return ((gradient * factor).to(gradient.dtype), *[None] * 14)
+
+
+torch.library.register_autograd(
+    "gkt_fast::group_knowledge_loss", _scale_gradient, setup_context=_keep_constant_gradient
+)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The op with autograd for eager mode.
+
+    The gradient, the op's third output, stays differentiable: differentiating twice then arrives in
+    `backward` as a gradient of that output and is refused, instead of being taken for zero.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.ops.gkt_fast.group_knowledge_loss.default(*inputs)
+        _keep_gradient(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> tuple:
+        if grad_gradient is not None:
+            raise RuntimeError(_TWICE)
+        if grad_loss is None or torch._C._autograd._get_current_graph_task_keep_graph():
+            return _scale_gradient(ctx, grad_loss)
+        # Nobody can ask for the gradient again: its memory is handed on, scaled in place. On the CPU reading the
+        # factor costs nothing, and the usual 1 saves a pass over the gradient.
+        (gradient,) = ctx.saved_tensors
+        if type(grad_loss) is Tensor and grad_loss.device.type == "cpu":
+            factor = grad_loss.item() * ctx.unscale
+            if factor != 1:
+                gradient.mul_(factor)
+        else:
+            gradient.mul_((grad_loss * ctx.unscale).reshape(1))
+        return (gradient, *[None] * 14)
+
+
+class _DifferentiatedUnderTransforms(torch.autograd.Function):
+    """The same in the form that torch.func's transforms ask for, which costs more per call."""
+
+    forward = staticmethod(torch.ops.gkt_fast.group_knowledge_loss.default)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _keep_gradient(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _: None, grad_gradient: Tensor | None) -> tuple:
+        if grad_gradient is not None:
+            raise RuntimeError(_TWICE)
+        return _scale_gradient(ctx, grad_loss)

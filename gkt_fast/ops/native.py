@@ -9,7 +9,7 @@ import torch  # loaded before the native module, so that both share one OpenMP r
 
 from .registry import BackendError
 
-__all__ = ["DTYPES", "build_info", "native_module"]
+__all__ = ["DTYPES", "build_info", "cuda_stream", "native_cuda_module", "native_module"]
 
 ABI_VERSION = 1
 
@@ -48,6 +48,11 @@ def native_cuda_module() -> ModuleType:
     if not torch.cuda.is_available():
         raise BackendError("no CUDA device")
     return module
+
+
+def cuda_stream(tensor: torch.Tensor) -> int:
+    """The handle of torch's current stream on the tensor's device; 0 for a CPU tensor (CUDA on the host)."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def build_info() -> dict[str, object]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BackendError", "Implementation", "explain", "register", "select", "use_backend"]
+__all__ = ["BackendError", "Implementation", "explain", "find", "register", "select", "use_backend"]
 
 logger = logging.getLogger("gkt_fast")
 
@@ -37,7 +37,7 @@ class Implementation:
     Args:
         op: name of the op.
         backend: name of the backend.
-        devices: device types whose tensors it takes.
+        devices: device types whose tensors it takes; empty: all.
         dtypes: dtypes that it takes.
         load: returns the object that holds the op's functions (a module, or a namespace); raises `BackendError`
             or ImportError where the backend can't be used.
@@ -59,6 +59,18 @@ def register(implementation: Implementation) -> None:
     _implementations[implementation.op, implementation.backend] = implementation
     _load.cache_clear()
     _automatic.cache_clear()
+
+
+def find(op: str, backend: str) -> Implementation:
+    """The registered backend of an op.
+
+    Raises:
+        ValueError: the op has no such backend.
+    """
+    try:
+        return _implementations[op, backend]
+    except KeyError:
+        raise ValueError(f"op {op!r} has no backend {backend!r}") from None
 
 
 @contextmanager
@@ -104,7 +116,7 @@ def explain() -> list[dict[str, str]]:
         {
             "op": op,
             "backend": backend,
-            "devices": "/".join(implementation.devices),
+            "devices": "/".join(implementation.devices) or "all",
             "status": _load(op, backend)[1] or "ok",
         }
         for (op, backend), implementation in sorted(_implementations.items())
@@ -129,7 +141,7 @@ def _reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> s
     implementation = _implementations.get((op, backend))
     if implementation is None:
         return "the op has no such backend"
-    if device not in implementation.devices:
+    if implementation.devices and device not in implementation.devices:
         return f"it takes tensors on {' or '.join(implementation.devices)}"
     if dtype not in implementation.dtypes:
         return f"it takes {', '.join(str(d) for d in implementation.dtypes)}"

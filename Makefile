@@ -1,0 +1,31 @@
+# make test    set up a virtual environment, build, lint and run every test
+# make demo    set up, then train plain, Stimulative Training and GKT on a small real data set
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+NATIVE_SOURCES = $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED_SOURCES = $(shell find csrc kernels python_tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test lint demo bench clean
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
+
+demo: $(VENV)/.installed-bench
+	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python bench/throughput.py
+
+$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info gkt_fast/_native*.so

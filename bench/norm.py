@@ -1,0 +1,134 @@
+"""ghost_batch_norm + residual + ReLU against torch eager and torch.compile: forward and backward, and bytes/s.
+
+    python bench/norm.py [--repeats 30] [--threads 2]
+
+Prints a table, writes bench/results/norm.csv and bench/results/norm.png. The floor is the time that a copy takes
+for the bytes that two passes each way must move: forward reads x twice and the residual, writes y; backward
+reads x and the gradient of y twice, writes two gradients; plus the mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, environment, measure, print_table, write_csv
+
+from gkt_fast import ghost_batch_norm, use_backend
+
+SHAPES = ((64, 16, 32, 32), (64, 32, 16, 16), (64, 64, 8, 8), (32, 256, 28, 28))
+
+
+def eager(x, weight, bias, residual):
+    return torch.relu(F.batch_norm(x, None, None, weight, bias, training=True) + residual)
+
+
+def fused(backend: str):
+    def run(x, weight, bias, residual):
+        with use_backend(backend):
+            return ghost_batch_norm(x, weight, bias, ghosts=1, residual=residual)[0]
+
+    return run
+
+
+def floor_bytes(shape: tuple[int, ...], itemsize: int) -> float:
+    """Bytes moved forward and backward with every pass from memory, write-allocation not counted."""
+    elements = torch.Size(shape).numel()
+    return elements * (10 * itemsize + 3 / 8)
+
+
+def copy_bandwidth(numel: int, device: str, repeats: int) -> float:
+    """Bytes per second of a copy, read and written bytes counted."""
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    timing = measure({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    return 2 * source.numel() * source.element_size() / (1e-3 * timing.median)
+
+
+def providers(shape: tuple[int, ...], device: str, dtype: torch.dtype, names: list[str]) -> dict:
+    def tensor() -> torch.Tensor:
+        values = torch.randn(shape, device=device, dtype=dtype)
+        return values.to(memory_format=torch.channels_last).requires_grad_()
+
+    x, residual, grad_y = tensor(), tensor(), tensor().detach()
+    weight, bias = (torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2))
+    inputs = (x, weight, bias, residual)
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(*inputs), inputs, grad_y)
+
+    functions = {"eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    return {name: step(functions.get(name) or fused(name)) for name in names}
+
+
+def rows(device: str, dtype: torch.dtype, names: list[str], repeats: int) -> list[dict[str, object]]:
+    where, table = environment(), []
+    for shape in SHAPES:
+        torch.compiler.reset()
+        timings = measure(providers(shape, device, dtype, names), repeats, warmup=5)
+        bandwidth = copy_bandwidth(torch.Size(shape).numel(), device, repeats)
+        floor = 1e3 * floor_bytes(shape, dtype.itemsize) / bandwidth
+        for name, timing in timings.items():
+            table.append(
+                {
+                    "shape": "x".join(map(str, shape)),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "provider": name,
+                    "ms": timing.median,
+                    "ms_lower": timing.lower,
+                    "ms_upper": timing.upper,
+                    "speedup_over_eager": timings["eager"].median / timing.median,
+                    "speedup_over_compile": timings["compile"].median / timing.median,
+                    "floor_ms": floor,
+                    "times_floor": timing.median / floor,
+                    "copy_gb_per_s": bandwidth / 1e9,
+                    **where,
+                }
+            )
+    return table
+
+
+def plot(table: list[dict[str, object]], path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(row["shape"] for row in table))
+    names = list(dict.fromkeys(row["provider"] for row in table))
+    figure, axes = plt.subplots(figsize=(8, 4))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        speedups = [row["speedup_over_eager"] for row in table if row["provider"] == name]
+        bars = axes.bar([s + i * width for s in range(len(shapes))], speedups, width, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.set_xticks([s + 0.4 - width / 2 for s in range(len(shapes))], shapes)
+    axes.set_ylabel("speed relative to torch eager")
+    axes.set_title("BatchNorm + residual + ReLU, forward and backward, channels_last")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ["eager", "compile", *(["cuda", "triton"] if device == "cuda" else ["cpp"])]
+    table = rows(device, getattr(torch, arguments.dtype), names, arguments.repeats)
+    print_table(
+        table,
+        ["shape", "provider", "ms", "speedup_over_eager", "speedup_over_compile", "times_floor", "copy_gb_per_s"],
+    )
+    name = "norm" if arguments.dtype == "float32" else f"norm_{arguments.dtype}"
+    write_csv(RESULTS / f"{name}.csv", table)
+    plot(table, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

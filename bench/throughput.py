@@ -1,0 +1,142 @@
+"""Time of a training step (forward, backward, SGD) under GKT, relative to a plain step of the same network.
+
+    python bench/throughput.py --model cifar_resnet56
+
+Every repeat draws new subnets and runs all modes on them, one after another, next to a plain step; reported are the
+medians, the quartiles, and the mean ratio (what training pays on average: the cost varies with the subnets).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, environment, measure, print_table, write_csv
+from models import MODELS
+
+from gkt_fast import GKT, GKTConfig
+from gkt_fast.config import EXECUTIONS
+
+WARMUP = 2
+MODES = [mode for mode in EXECUTIONS if mode != "auto"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--batch-size", type=int, help="default: the model's own")
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = list(MODELS) if args.model == "all" else [args.model]
+    rows = [row for name in names for row in run(name, args)]
+    write_csv(args.csv, rows)
+    print_table(
+        rows,
+        [
+            "model",
+            "mode",
+            "ratio",
+            "mean_ratio",
+            "median_ms",
+            "lower_ms",
+            "upper_ms",
+            "flops_ratio",
+            "batch_size",
+        ],
+    )
+    print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {args.csv}")
+
+
+def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Measures one model in every mode."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = MODELS[name]
+    batch_size = args.batch_size or spec.batch_size
+    torch.manual_seed(0)
+    model = spec.build().to(device)
+    images = torch.randn(batch_size, *spec.sample, device=device)
+    targets = torch.randint(spec.classes, (batch_size,), device=device)
+    if args.channels_last and images.ndim == 4:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    gkts = {
+        mode: GKT(copy.deepcopy(model), GKTConfig(groups=args.groups, loops=args.loops, execution=mode))
+        for mode in args.modes
+    }
+    steps = {"plain": plain_step(model, images, targets)}
+    steps |= {mode: gkt_step(gkt, images, targets) for mode, gkt in gkts.items()}
+    timings = measure(steps, args.repeats, WARMUP)
+    rows = []
+    for mode, timing in timings.items():
+        rows.append(
+            {
+                "model": name,
+                "mode": mode,
+                "ratio": timing.median / timings["plain"].median,
+                "mean_ratio": timing.mean_ratio(timings["plain"]),
+                "median_ms": timing.median,
+                "lower_ms": timing.lower,
+                "upper_ms": timing.upper,
+                "flops_ratio": 1.0 if mode == "plain" else flops_ratio(gkts[mode], mode, args.repeats),
+                "batch_size": batch_size,
+                "groups": args.groups,
+                "loops": args.loops,
+                "channels_last": args.channels_last,
+                "repeats": args.repeats,
+                **environment(),
+            }
+        )
+    return rows
+
+
+def plain_step(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
+    """A training step of the network alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def gkt_step(gkt: GKT, images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
+    """A GKT training step; each call draws the next subnets."""
+    steps = itertools.count()
+    optimizer = torch.optim.SGD(gkt.model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        output = gkt(images, targets, step=next(steps))
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def flops_ratio(gkt: GKT, mode: str, repeats: int) -> float:
+    """Mean cost of the measured steps in plain steps, from the plan."""
+    costs = [gkt.cost(gkt.sample(WARMUP + step)) for step in range(repeats)]
+    return statistics.fmean(c.sequential_ratio if mode == "sequential" else c.shared_ratio for c in costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+// group_knowledge_loss on the CPU: tiles of rows over the threads, and the C entry.
+#include <type_traits>
+
+#include "cpu/group_knowledge_loss_tile.h"
+#include "cpu/parallel.h"
+
+namespace gkt {
+namespace GKT_ISA {
+namespace {
+
+int64_t row_offset(const Params& p, const int64_t* strides, int dims, int64_t index) {
+  int64_t offset = 0;
+  for (int d = dims - 1; d >= 0; --d) {
+    offset += index % p.row_sizes[d] * strides[d];
+    index /= p.row_sizes[d];
+  }
+  return offset;
+}
+
+template <class TileType>
+void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
+  const int inner = p.row_dims - 1;
+  constexpr int64_t kRows = TileType::kRows;
+  const int64_t tiles_inside = (p.row_sizes[inner] + kRows - 1) / kRows;
+  int64_t tiles = tiles_inside;
+  for (int d = 0; d < inner; ++d) tiles *= p.row_sizes[d];
+  parallel_for(plan.chunks, plan.threads, [&](int64_t begin, int64_t end, int thread) {
+    TileType tile(p, plan, thread);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      double* sums = plan.sums + chunk * (p.streams + 1);
+      const int64_t last = tiles * (chunk + 1) / plan.chunks;
+      for (int64_t t = tiles * chunk / plan.chunks; t < last; ++t) {
+        const int64_t outer = t / tiles_inside, row = t % tiles_inside * kRows;
+        const int64_t left = p.row_sizes[inner] - row;
+        tile.run(row_offset(p, p.logits_row_strides, inner, outer) + row * p.logits_row_strides[inner],
+                 row_offset(p, p.gradient_row_strides, inner, outer) +
+                     row * p.gradient_row_strides[inner],
+                 row_offset(p, p.targets_row_strides, inner, outer) +
+                     row * p.targets_row_strides[inner],
+                 static_cast<int>(left < kRows ? left : kRows), sums);
+      }
+    }
+  });
+}
+
+// With few classes a vector of them is mostly unused lanes and reductions.
+template <class T>
+bool rows_in_lanes(const Params& p) {
+  constexpr int64_t kFewClasses = 4 * kLanes<typename Compute<T>::Type>;
+  const int inner = p.row_dims - 1;
+  return p.classes < kFewClasses || (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);
+}
+
+// Calls body(tile type) for the dtype and the arrangement of the problem.
+template <class Body>
+void dispatch(const Params& p, const Body& body) {
+  const auto arrange = [&](auto* dtype) {
+    using T = std::remove_pointer_t<decltype(dtype)>;
+    if (rows_in_lanes<T>(p))
+      body(static_cast<Tile<T, true>*>(nullptr));
+    else
+      body(static_cast<Tile<T, false>*>(nullptr));
+  };
+  switch (p.dtype) {
+    case GKT_FLOAT64:
+      return arrange(static_cast<double*>(nullptr));
+    case GKT_BFLOAT16:
+      return arrange(static_cast<BFloat16*>(nullptr));
+    case GKT_FLOAT16:
+      return arrange(static_cast<Float16*>(nullptr));
+    default:
+      return arrange(static_cast<float*>(nullptr));
+  }
+}
+
+
+}  // namespace
+
+size_t group_knowledge_loss_scratch(const Params& p) {
+  size_t bytes = 0;
+  dispatch(p, [&](auto* tile) {
+    bytes = std::remove_pointer_t<decltype(tile)>::scratch_bytes(p);
+  });
+  return bytes;
+}
+
+void group_knowledge_loss_run(const Params& p, const GroupKnowledgeLossPlan& plan) {
+  dispatch(p, [&](auto* tile) { run<std::remove_pointer_t<decltype(tile)>>(p, plan); });
+}
+
+}  // namespace GKT_ISA
+}  // namespace gkt
+
+#if defined(GKT_ISA_baseline)
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/pages.h"
+#include "guard.h"
+
+namespace gkt {
+
+#if defined(__x86_64__)
+namespace avx2 {
+size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
+void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&);
+}  // namespace avx2
+namespace avx512 {
+size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
+void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&);
+}  // namespace avx512
+#endif
+
+namespace {
+
+constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kLogitsPerThread = 16384;  // fewer are done sooner than a thread wakes up
+
+struct Free {
+  void operator()(char* pointer) const { std::free(pointer); }
+};
+
+int64_t count_rows(const gkt_group_knowledge_loss_params& p) {
+  int64_t rows = 1;
+  for (int d = 0; d < p.row_dims; ++d) rows *= p.row_sizes[d];
+  return rows;
+}
+
+// Rows whose class index is not ignore_index; checks that those lie in [0, classes).
+int64_t count_class_indices(const gkt_group_knowledge_loss_params& p, int64_t rows) {
+  const int inner = p.row_dims - 1;
+  const int64_t size = p.row_sizes[inner], stride = p.targets_row_strides[inner];
+  int64_t counted = 0;
+  for (int64_t outer = 0; outer * size < rows; ++outer) {
+    const int64_t* targets = static_cast<const int64_t*>(p.targets) +
+                             baseline::row_offset(p, p.targets_row_strides, inner, outer);
+    int64_t wrong = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t target = targets[j * stride];
+      const int64_t counts = target != p.ignore_index;
+      counted += counts;
+      wrong += counts & (static_cast<uint64_t>(target) >= static_cast<uint64_t>(p.classes));
+    }
+    if (wrong == 0) continue;
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t target = targets[j * stride];
+      if (target != p.ignore_index && (target < 0 || target >= p.classes))
+        throw InvalidArgument("targets has class index " + std::to_string(target) +
+                              "; it must lie in [0, " + std::to_string(p.classes) +
+                              ") or equal ignore_index=" + std::to_string(p.ignore_index));
+    }
+  }
+  return counted;
+}
+
+void check(const gkt_group_knowledge_loss_params& p) {
+  if (p.row_dims < 1 || p.row_dims > GKT_MAX_ROW_DIMS)
+    throw InvalidArgument("row_dims is " + std::to_string(p.row_dims) + "; it must be 1 to " +
+                          std::to_string(GKT_MAX_ROW_DIMS));
+  if (p.classes < 1 || p.classes > INT32_MAX)
+    throw InvalidArgument("logits has " + std::to_string(p.classes) +
+                          " classes; it must have 1 to 2^31 - 1");
+}
+
+template <class Real>
+void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPlan& plan) {
+  double loss = 0;
+  for (int64_t s = 0; s <= p.streams; ++s) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+      sum += plan.sums[chunk * (p.streams + 1) + s];
+    const double mean = sum / (s == 0 || s == p.streams ? plan.ce_rows : plan.kd_rows);
+    const double weight = s == 0             ? p.ce_weight
+                          : s == p.streams ? (p.streams > 1 ? p.subnet_ce_weight : 0.0)
+                                           : p.kd_weight;
+    if (s < p.streams) static_cast<Real*>(p.terms)[s] = static_cast<Real>(mean);
+    if (weight != 0) loss += weight * mean;
+  }
+  *static_cast<Real*>(p.loss) = static_cast<Real>(loss);
+}
+
+void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads) {
+  check(p);
+  size_t (*scratch)(const gkt_group_knowledge_loss_params&) = baseline::group_knowledge_loss_scratch;
+  void (*run)(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&) =
+      baseline::group_knowledge_loss_run;
+#if defined(__x86_64__)
+  if (active_isa() == Isa::avx2) {
+    scratch = avx2::group_knowledge_loss_scratch;
+    run = avx2::group_knowledge_loss_run;
+  } else if (active_isa() == Isa::avx512) {
+    scratch = avx512::group_knowledge_loss_scratch;
+    run = avx512::group_knowledge_loss_run;
+  }
+#endif
+  const int64_t rows = count_rows(p);
+  const int64_t counted = p.probabilities ? rows : count_class_indices(p, rows);
+  GroupKnowledgeLossPlan plan{};
+  plan.chunks = rows < kMaxChunks ? rows : kMaxChunks;
+  plan.ce_rows = static_cast<double>(counted);
+  plan.kd_rows = static_cast<double>(p.distill_ignored ? rows : counted);
+  const int64_t useful = 1 + p.streams * rows * p.classes / kLogitsPerThread;
+  plan.threads = static_cast<int>(std::min({int64_t{threads}, useful, plan.chunks}));
+  std::vector<double> sums(static_cast<size_t>(plan.chunks * (p.streams + 1)));
+  plan.sums = sums.data();
+  if (rows > 0) {
+    const size_t value_bytes = p.dtype == GKT_FLOAT64 ? 8 : p.dtype == GKT_FLOAT32 ? 4 : 2;
+    if (p.gradient != nullptr)  // it is dense, whatever the order of its dimensions
+      prefer_huge_pages(p.gradient, static_cast<size_t>(p.streams * rows * p.classes) * value_bytes);
+    constexpr size_t kAlignment = 64;
+    plan.scratch_bytes = (scratch(p) + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t bytes = plan.scratch_bytes * static_cast<size_t>(plan.threads);
+    std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+    if (memory == nullptr) throw std::bad_alloc();
+    plan.scratch = memory.get();
+    run(p, plan);
+  }
+  if (p.dtype == GKT_FLOAT64)
+    finish<double>(p, plan);
+  else
+    finish<float>(p, plan);
+}
+
+}  // namespace
+}  // namespace gkt
+
+extern "C" int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params,
+                                            int threads) {
+  return gkt::guarded([&] { gkt::group_knowledge_loss(*params, threads); });
+}
+
+#endif  // GKT_ISA_baseline

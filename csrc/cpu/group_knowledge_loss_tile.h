@@ -1,0 +1,468 @@
+// A tile of rows of group_knowledge_loss on the CPU: one walk over its streams, with everything
+// between the logits and their gradient in scratch memory that stays in cache.
+//
+// The same code runs in two arrangements. A vector holds W classes of one row, and reductions over
+// classes end across its lanes; or, for few classes and for dense prediction, it holds one class of W
+// rows, and nothing crosses lanes. "Vector i" below is the i-th group of classes, or the i-th class.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/vector.h"
+#include "gkt_abi.h"
+
+namespace gkt {
+
+// The rows are cut into chunks whose number depends on the problem alone, and every chunk adds up
+// its own sums: the result is the same for any number of threads.
+struct GroupKnowledgeLossPlan {
+  int64_t chunks;
+  double* sums;             // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
+  char* scratch;            // (threads, scratch_bytes), aligned to 64 bytes
+  size_t scratch_bytes;     // per thread
+  double ce_rows, kd_rows;  // how many rows the means of CE and kd count
+  int threads;
+};
+
+namespace GKT_ISA {
+namespace {
+
+using Params = gkt_group_knowledge_loss_params;
+
+enum class CrossEntropy { none, indices, probabilities };
+
+// softmax(n(x) / T) for each row of the tile: exp((x - max) * scale) * inverse_sum.
+template <class V>
+struct Softmax {
+  V* x;  // logits, or a moving average of normalised ones
+  V* e;  // exp((x - max) * scale)
+  V max, scale, inverse_sum, log_sum;
+  V slope, top;  // n(x) = (x - max) * slope + top, where logits are normalised
+};
+
+// Whether a vector has unused lanes, as a type.
+template <bool kValue>
+struct Last {
+  static constexpr bool value = kValue;
+};
+
+template <class T, bool kRowsInLanes>
+class Tile {
+ public:
+  using Real = typename Compute<T>::Type;
+  using V = Vec<Real>;
+  using I = IntVec<Real>;
+  static constexpr int W = kLanes<Real>;
+  static constexpr int kRows = kRowsInLanes ? W : 1;
+
+  static int64_t vectors(int64_t classes) {
+    return kRowsInLanes ? classes : (classes + W - 1) / W;
+  }
+
+  // Scratch: two rows of classes per softmax kept (one per teaching group, and the student's), the raw
+  // exponentials of a cross entropy, the probability targets, q - p, and the gradient.
+  static size_t scratch_bytes(const Params& p) {
+    const int64_t row_bytes = vectors(p.classes) * kVectorBytes;
+    return static_cast<size_t>((2 * (kept(p) + 1) + 4) * row_bytes) +
+           static_cast<size_t>(kept(p)) * sizeof(Softmax<V>);
+  }
+
+  Tile(const Params& p, const GroupKnowledgeLossPlan& plan, int thread)
+      : p_(p),
+        n_(vectors(p.classes)),
+        tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
+        temperature_(static_cast<Real>(p.temperature)),
+        ce_scale_(static_cast<Real>(p.gradient_scale / plan.ce_rows)),
+        kd_scale_(static_cast<Real>(p.gradient_scale / plan.kd_rows)),
+        logits_(static_cast<const T*>(p.logits)),
+        gradient_(static_cast<T*>(p.gradient)) {
+    next_ = reinterpret_cast<V*>(plan.scratch + plan.scratch_bytes * static_cast<size_t>(thread));
+    knowledge_ = reinterpret_cast<Softmax<V>*>(next_);
+    next_ += kept(p) * static_cast<int64_t>(sizeof(Softmax<V>) / sizeof(V));
+    for (int64_t g = 0; g < kept(p); ++g) take_softmax(knowledge_[g]);
+    take_softmax(student_);
+    raw_ = take();
+    targets_ = take();
+    difference_ = take();
+    output_ = take();
+  }
+
+  // Adds the terms of `count` rows to sums (streams + 1) and writes their gradient.
+  void run(int64_t logits_row, int64_t gradient_row, int64_t targets_row, int count, double* sums) {
+    logits_row_ = logits_row;
+    gradient_row_ = gradient_row;
+    count_ = count;
+    const int inner = p_.row_dims - 1;
+    logits_step_ = p_.logits_row_strides[inner];
+    gradient_step_ = p_.gradient_row_strides[inner];
+    load_targets(targets_row, p_.targets_row_strides[inner]);
+    for (int64_t s = 0; s < p_.streams; ++s) stream(s, sums);
+  }
+
+ private:
+  static int64_t kept(const Params& p) { return p.streams - 1 > p.groups ? p.groups : 1; }
+
+  V* take() {
+    V* row = next_;
+    next_ += n_;
+    return row;
+  }
+
+  void take_softmax(Softmax<V>& softmax) {
+    softmax.x = take();
+    softmax.e = take();
+  }
+
+  // Calls body(i, last) for every vector; `last` tells of unused lanes.
+  template <class Body>
+  void for_vectors(const Body& body) const {
+    const int64_t whole = tail_ == W ? n_ : n_ - 1;
+    for (int64_t i = 0; i < whole; ++i) body(i, Last<false>{});
+    if (whole < n_) body(whole, Last<true>{});
+  }
+
+  // Zero in the unused lanes of the last vector.
+  template <bool kLast>
+  V used(V v, Last<kLast>) const {
+    return kLast && !kRowsInLanes ? (lane_indices<Real>() < tail_ ? v : V{}) : v;
+  }
+
+  // Reduces over classes; the result is in every lane that needs it.
+  static V sum_classes(V v) { return kRowsInLanes ? v : add_lanes<Real>(v); }
+  static V max_classes(V v) { return kRowsInLanes ? v : maximum_lanes<Real>(v); }
+  static V first_class(const V* x) { return kRowsInLanes ? x[0] : broadcast(x[0][0]); }
+
+  // Adds the rows for which `counted` holds.
+  void add_rows(double* sum, V value, I counted) const {
+    const int rows = kRowsInLanes ? count_ : 1;
+    for (int j = 0; j < rows; ++j)
+      if (counted[j]) *sum += static_cast<double>(value[j]);
+  }
+
+  void load_targets(int64_t row, int64_t step) {
+    const I rows = kRowsInLanes ? lane_indices<Real>() < count_ : I{} == 0;
+    if (p_.probabilities) {
+      const Real* from = static_cast<const Real*>(p_.targets) + row;
+      load_rows(from, step, p_.targets_class_stride, Real{0}, targets_);
+      const Real uniform = static_cast<Real>(p_.label_smoothing / static_cast<double>(p_.classes));
+      const Real keep = static_cast<Real>(1 - p_.label_smoothing);
+      V total{};
+      for_vectors([&](int64_t i, auto last) {
+        targets_[i] = targets_[i] * keep + uniform;
+        total += used(targets_[i], last);
+      });
+      target_total_ = sum_classes(total);
+      ce_counted_ = rows;
+      kd_counted_ = rows;
+      return;
+    }
+    const int64_t* from = static_cast<const int64_t*>(p_.targets) + row;
+    for (int j = 0; j < W; ++j) {
+      const int64_t target = kRowsInLanes ? (j < count_ ? from[j * step] : 0) : from[0];
+      label_[j] = static_cast<decltype(label_[j] + 0)>(target == p_.ignore_index ? -1 : target);
+    }
+    ce_counted_ = rows & (label_ >= 0);
+    kd_counted_ = p_.distill_ignored ? rows : ce_counted_;
+  }
+
+  // Reads the tile's rows into x, converted; unused lanes of the last vector get `padding`.
+  template <class From>
+  void load_rows(const From* from, int64_t row_step, int64_t class_step, Real padding,
+                 V* x) const {
+    Real* to = reinterpret_cast<Real*>(x);
+    if (kRowsInLanes && row_step == 1) {
+      if (count_ == W)
+        for (int64_t i = 0; i < n_; ++i) x[i] = load(from + i * class_step);
+      else
+        for (int64_t i = 0; i < n_; ++i) x[i] = load_partial(from + i * class_step, count_, Real{0});
+    } else if (kRowsInLanes) {
+      for (int j = 0; j < W; ++j)
+        for (int64_t i = 0; i < n_; ++i)
+          to[i * W + j] = j < count_ ? to_compute(from[j * row_step + i * class_step]) : Real{0};
+    } else if (class_step == 1) {
+      for_vectors([&](int64_t i, auto last) {
+        x[i] = last.value ? load_partial(from + i * W, tail_, padding) : load(from + i * W);
+      });
+    } else {
+      for (int64_t c = 0; c < p_.classes; ++c) to[c] = to_compute(from[c * class_step]);
+      for (int64_t c = p_.classes; c < n_ * W; ++c) to[c] = padding;
+    }
+  }
+
+  // The gradient's vector i: to memory where rows or classes are adjacent there, else to scratch.
+  template <bool kLast>
+  void put(T* to, int64_t i, V g, Last<kLast>) const {
+    const int64_t class_step = p_.gradient_class_stride;
+    if (kRowsInLanes && gradient_step_ == 1) {
+      if (count_ == W)
+        store(to + i * class_step, g);
+      else
+        store_partial(to + i * class_step, g, count_);
+    } else if (!kRowsInLanes && class_step == 1) {
+      if (kLast)
+        store_partial(to + i * W, g, tail_);
+      else
+        store(to + i * W, g);
+    } else {
+      output_[i] = g;
+    }
+  }
+
+  void store_scattered(T* to) const {
+    const Real* from = reinterpret_cast<const Real*>(output_);
+    const int64_t class_step = p_.gradient_class_stride;
+    if (kRowsInLanes && gradient_step_ != 1) {
+      for (int j = 0; j < count_; ++j)
+        for (int64_t i = 0; i < n_; ++i)
+          from_compute(from[i * W + j], to + j * gradient_step_ + i * class_step);
+    } else if (!kRowsInLanes && class_step != 1) {
+      for (int64_t c = 0; c < p_.classes; ++c) from_compute(from[c], to + c * class_step);
+    }
+  }
+
+  void stream(int64_t s, double* sums) {
+    const int64_t group = s == 0 ? 0 : (s - 1) % p_.groups + 1;
+    const bool first_loop = s <= p_.groups;
+    const Real infinity = static_cast<Real>(__builtin_inf());
+    Softmax<V>& q = student_;
+    load_rows(logits_ + s * p_.logits_stream_stride + logits_row_, logits_step_,
+              p_.logits_class_stride, -infinity, q.x);
+    measure(q);
+    const double ce_weight = s == 0 ? p_.ce_weight : p_.subnet_ce_weight;
+    const bool has_ce = s == 0 || ce_weight != 0;
+    Coefficients k{};
+    soften(q);
+    if (s > 0) add_rows(sums + s, compare(q, knowledge_[slot(group - 1)], k), kd_counted_);
+    if (has_ce) {
+      const V ce = cross_entropy(q, static_cast<Real>(ce_weight), k);
+      add_rows(sums + (s == 0 ? 0 : p_.streams), ce, ce_counted_);
+    }
+    if (gradient_ != nullptr) {
+      const bool has_kd = s > 0 && p_.kd_weight != 0;
+      T* to = gradient_ + s * p_.gradient_stream_stride + gradient_row_;
+      if (ce_weight == 0)
+        differentiate<CrossEntropy::none>(q, has_kd, k, to);
+      else if (p_.probabilities)
+        differentiate<CrossEntropy::probabilities>(q, has_kd, k, to);
+      else
+        differentiate<CrossEntropy::indices>(q, has_kd, k, to);
+      store_scattered(to);
+    }
+    // The last group teaches nobody.
+    if (group == p_.groups && s > 0) return;
+    if (first_loop || p_.ema == 0) {
+      Softmax<V>& kept = knowledge_[slot(group)];
+      const Softmax<V> spare = kept;
+      kept = q;
+      q = spare;
+    } else if (p_.ema != 1) {
+      average(knowledge_[slot(group)], q, s - p_.groups <= p_.groups);
+    }
+  }
+
+  // With one loop a group's knowledge replaces that of the group before it.
+  int64_t slot(int64_t group) const { return kept(p_) == 1 ? 0 : group; }
+
+  // What the gradient needs besides the rows in scratch.
+  struct Coefficients {
+    V difference;                 // of q - p
+    V centre_slope, centre_top;   // of the projection that normalisation adds
+    V softmax, one_hot, uniform;  // of the cross entropy
+  };
+
+  // Maximum, and with normalised logits mean and variance, of each row.
+  void measure(Softmax<V>& q) {
+    const bool needs_mean = p_.normalize_logits || p_.label_smoothing != 0;
+    const V shift = first_class(q.x);
+    V max = shift, sum{};
+    if (needs_mean) {
+      for_vectors([&](int64_t i, auto last) {
+        max = maximum(q.x[i], max);
+        sum += used(q.x[i] - shift, last);
+      });
+    } else {
+      for_vectors([&](int64_t i, auto) { max = maximum(q.x[i], max); });
+    }
+    q.max = max_classes(max);
+    const Real per_class = static_cast<Real>(1.0 / static_cast<double>(p_.classes));
+    const V mean = sum_classes(sum) * per_class;  // of x - shift, which keeps all-equal rows exact
+    max_minus_mean_ = (q.max - shift) - mean;
+    if (!p_.normalize_logits) {
+      q.scale = broadcast(1 / temperature_);
+      return;
+    }
+    V squares{};
+    for_vectors([&](int64_t i, auto last) {
+      const V centered = used(q.x[i] - shift - mean, last);
+      squares += centered * centered;
+    });
+    const V variance = sum_classes(squares) * per_class;
+    q.slope = 1 / square_root<Real>(variance + static_cast<Real>(p_.eps));
+    q.top = max_minus_mean_ * q.slope;
+    q.scale = q.slope / temperature_;
+  }
+
+  void soften(Softmax<V>& softmax) const {
+    const V *x = softmax.x, max = softmax.max, scale = softmax.scale;
+    V* e = softmax.e;
+    V sum{};
+    for_vectors([&](int64_t i, auto) {
+      e[i] = exponential((x[i] - max) * scale);
+      sum += e[i];
+    });
+    sum = sum_classes(sum);
+    softmax.inverse_sum = 1 / sum;
+    softmax.log_sum = logarithm<Real>(sum);
+  }
+
+  // T^2 * KL(p || q) of each row, and q - p into scratch.
+  V compare(const Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) const {
+    return p_.normalize_logits ? compare<true>(q, teacher, k) : compare<false>(q, teacher, k);
+  }
+
+  // With d = log q - log p the divergence is sum_c p (exp(d) - 1 - d), since sum_c (q - p) = 0: all
+  // summands are positive, errors of log q and log p cancel to first order, and for a small d both
+  // summand and q - p come from d itself, without the cancellation of nearly equal numbers.
+  template <bool kNormalized>
+  V compare(const Softmax<V>& q, const Softmax<V>& teacher, Coefficients& k) const {
+    constexpr Real kNear = sizeof(Real) == 4 ? Real(0.5) : Real(1e-3);
+    const V *x = q.x, *e = q.e, *teacher_x = teacher.x, *teacher_e = teacher.e;
+    const V max = q.max, scale = q.scale, inverse_sum = q.inverse_sum, top = q.top;
+    const V teacher_max = teacher.max, teacher_scale = teacher.scale;
+    const V teacher_inverse_sum = teacher.inverse_sum, log_ratio = q.log_sum - teacher.log_sum;
+    const Real temperature = temperature_;
+    V* difference = difference_;
+    V divergence{}, dot{};
+    for_vectors([&](int64_t i, auto last) {
+      const V student_d = (x[i] - max) * scale;
+      const V d = student_d - (teacher_x[i] - teacher_max) * teacher_scale - log_ratio;
+      const V student = e[i] * inverse_sum, p = teacher_e[i] * teacher_inverse_sum;
+      V series = d * Real(1.0 / 5040) + Real(1.0 / 720);
+      series = series * d + Real(1.0 / 120);
+      series = series * d + Real(1.0 / 24);
+      series = series * d + Real(1.0 / 6);
+      series = series * d + Real(0.5);
+      series = p * (series * (d * d));  // p (exp(d) - 1 - d)
+      const I near = (d < kNear) & (d > -kNear);
+      const V apart = student - p;
+      const V change = near ? series + p * d : apart;
+      divergence += near ? series : apart - (p == 0 ? V{} : p * d);  // 0 log 0 = 0, also for -inf
+      difference[i] = change;
+      if (kNormalized) dot += used(change * (student_d * temperature + top), last);
+    });
+    const Real weight = static_cast<Real>(p_.kd_weight) * temperature_ * kd_scale_;
+    k.difference = kd_counted_ ? broadcast(weight) : V{};
+    if (kNormalized) {
+      // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = weight * (q - p), whose sum is zero.
+      const V mean = sum_classes(dot) * static_cast<Real>(1.0 / static_cast<double>(p_.classes));
+      k.difference *= q.slope;
+      k.centre_slope = k.difference * mean * q.slope;
+      k.centre_top = k.difference * mean * q.top;
+    }
+    return sum_classes(divergence) * (temperature_ * temperature_);
+  }
+
+  // The cross entropy of each row.
+  V cross_entropy(const Softmax<V>& q, Real weight, Coefficients& k) {
+    const bool shared = !p_.normalize_logits && p_.temperature == 1;
+    V sum{}, total{};
+    if (!shared)
+      for_vectors([&](int64_t i, auto) {
+        raw_[i] = exponential(q.x[i] - q.max);
+        sum += raw_[i];
+      });
+    cross_entropy_e_ = shared ? q.e : raw_;
+    sum = sum_classes(sum);
+    const V log_sum = shared ? q.log_sum : logarithm<Real>(sum);
+    const V row_weight = ce_counted_ ? broadcast(weight * ce_scale_) : V{};
+    const V softmax = row_weight * (shared ? q.inverse_sum : 1 / sum);
+    const Real smoothing = static_cast<Real>(p_.label_smoothing);
+    k.one_hot = row_weight;
+    k.softmax = softmax;
+    if (p_.probabilities) {
+      k.softmax *= target_total_;
+      for_vectors([&](int64_t i, auto last) {
+        total += used(targets_[i] * ((q.max - q.x[i]) + log_sum), last);
+      });
+      return sum_classes(total);
+    }
+    k.one_hot *= 1 - smoothing;
+    k.uniform = row_weight * (smoothing / static_cast<Real>(p_.classes));
+    V chosen = q.max;
+    const Real* x = reinterpret_cast<const Real*>(q.x);
+    for (int j = 0; j < W; ++j)
+      if (label_[j] >= 0) chosen[j] = kRowsInLanes ? x[label_[j] * W + j] : x[label_[j]];
+    const V nll = (q.max - chosen) + log_sum;
+    if (p_.label_smoothing == 0) return nll;
+    return nll * (1 - smoothing) + (max_minus_mean_ + log_sum) * smoothing;
+  }
+
+  template <CrossEntropy kCe>
+  void differentiate(const Softmax<V>& q, bool has_kd, const Coefficients& k, T* to) const {
+    if (has_kd && p_.normalize_logits)
+      differentiate<kCe, true, true>(q, k, to);
+    else if (has_kd)
+      differentiate<kCe, true, false>(q, k, to);
+    else
+      differentiate<kCe, false, false>(q, k, to);
+  }
+
+  template <CrossEntropy kCe, bool kDistilled, bool kNormalized>
+  void differentiate(const Softmax<V>& q, const Coefficients& coefficients, T* to) const {
+    const Coefficients k = coefficients;
+    const V max = q.max;
+    const V *x = q.x, *difference = difference_, *raw = cross_entropy_e_;
+    const I label = label_;
+    for_vectors([&](int64_t i, auto last) {
+      V g{};
+      if (kDistilled) g = difference[i] * k.difference;
+      if (kNormalized) g -= (x[i] - max) * k.centre_slope + k.centre_top;
+      if (kCe != CrossEntropy::none) g += raw[i] * k.softmax;
+      if (kCe == CrossEntropy::probabilities) g -= targets_[i] * k.one_hot;
+      if (kCe == CrossEntropy::indices) {
+        const I index = kRowsInLanes ? I{} + static_cast<int>(i)
+                                     : lane_indices<Real>() + static_cast<int>(i * W);
+        g -= k.uniform + (index == label ? k.one_hot : V{});
+      }
+      put(to, i, g, last);
+    });
+  }
+
+  // K <- ema * K + (1 - ema) * n(z), and its softmax. `pure`: K is still a stream's logits.
+  void average(Softmax<V>& knowledge, const Softmax<V>& q, bool pure) {
+    const Real ema = static_cast<Real>(p_.ema), rest = static_cast<Real>(1 - p_.ema);
+    const bool old_is_raw = p_.normalize_logits && pure, new_is_raw = p_.normalize_logits;
+    V max = broadcast(-static_cast<Real>(__builtin_inf()));
+    for_vectors([&](int64_t i, auto) {
+      V old = knowledge.x[i], latest = q.x[i];
+      if (old_is_raw) old = (old - knowledge.max) * knowledge.slope + knowledge.top;
+      if (new_is_raw) latest = (latest - q.max) * q.slope + q.top;
+      knowledge.x[i] = old * ema + latest * rest;
+      max = maximum(knowledge.x[i], max);
+    });
+    knowledge.max = max_classes(max);
+    knowledge.scale = broadcast(1 / temperature_);
+    soften(knowledge);
+  }
+
+  const Params& p_;
+  const int64_t n_;   // vectors per row
+  const int tail_;    // lanes in use of the last vector
+  const Real temperature_, ce_scale_, kd_scale_;
+  const T* const logits_;
+  T* const gradient_;
+  V* next_;
+  Softmax<V>* knowledge_;
+  Softmax<V> student_;
+  V *raw_, *targets_, *difference_, *output_;
+  const V* cross_entropy_e_ = nullptr;
+
+  int64_t logits_row_ = 0, gradient_row_ = 0, logits_step_ = 0, gradient_step_ = 0;
+  int count_ = 0;  // rows in the tile
+  I label_{}, ce_counted_{}, kd_counted_{};
+  V target_total_{}, max_minus_mean_{};
+};
+
+}  // namespace
+}  // namespace GKT_ISA
+}  // namespace gkt

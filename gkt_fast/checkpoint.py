@@ -1,0 +1,136 @@
+"""Checkpoints: written atomically, read without executing code, complete enough to go on exactly."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = [
+    "CheckpointError",
+    "check_model_state",
+    "get_random_state",
+    "load_checkpoint",
+    "save_checkpoint",
+    "set_random_state",
+]
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be read, or doesn't fit; nothing was changed."""
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path | None = None) -> None:
+    """Writes `state` to a temporary file in the same folder, then renames it: a reader never sees half a file.
+
+    Args:
+        path: where to.
+        state: tensors and plain Python values.
+        copy_to: a second name for the same checkpoint, made without writing it twice where the file system can.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if copy_to is not None:
+            _link(temporary, Path(copy_to))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    link = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(source, link)
+    except OSError:
+        link.write_bytes(source.read_bytes())
+    os.replace(link, target)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, with `weights_only=True`: loading never executes code.
+
+    Raises:
+        CheckpointError: there is no file, it is cut off or damaged, or it is not a checkpoint of this package.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint at {path}") from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} can't be read; it may be cut off or damaged ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} is not a gkt_fast checkpoint of format {FORMAT} (found {found!r})")
+    return state
+
+
+def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """Checks that a model's state fits, before anything is loaded.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message lists the first of them.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and isinstance(value, torch.Tensor) and state[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
+        )
+
+
+def get_random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, in types that `weights_only` loading accepts."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `get_random_state`. GPU states are set where there are as many GPUs as when they were taken."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

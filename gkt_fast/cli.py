@@ -1,0 +1,243 @@
+"""`python -m gkt_fast env` and `python -m gkt_fast train`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from . import models
+from .checkpoint import CheckpointError
+from .config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
+from .data import Data, load_data
+from .ops import build_info, explain
+from .sampling import SAMPLERS
+from .trainer import AMP_DTYPES, GKTTrainer, NonFiniteLossError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done."""
+    parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    env = commands.add_parser("env", help="versions, devices, build flags and backends")
+    env.set_defaults(run=print_environment)
+    _add_train(commands.add_parser("train", help="train a network", argument_default=None))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        args = parser.parse_args(_with_config_file(arguments))
+        args.run(args)
+    except (CheckpointError, NonFiniteLossError, ValueError, TypeError, FileNotFoundError) as error:
+        print(f"gkt-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gkt-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def print_environment(args: argparse.Namespace) -> None:
+    """What an issue report needs: versions, devices, how the native module was built, which backends work and why."""
+    print(f"gkt_fast  {_version('gkt_fast')}")
+    print(f"python    {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "torchvision", "triton", "numpy"):
+        print(f"{package:9} {_version(package)}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices   cpu ({torch.get_num_threads()} threads){''.join(f', {name}' for name in gpus)}")
+    for name, value in build_info().items():
+        print(f"native    {name}: {value}")
+    rows = [("op", "backend", "tensors on", "status")]
+    rows += [(row["op"], row["backend"], row["devices"], row["status"]) for row in explain()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains and evaluates a network as the flags say."""
+    torch.manual_seed(args.seed)
+    data = load_data(args.data, args.image_size, args.train_images)
+    model = build_model(args.model, data)
+    optimizer = _optimizer(args, model)
+    trainer = GKTTrainer(
+        model,
+        optimizer,
+        GKTConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GKTConfig)}),
+        scheduler=_scheduler(args, optimizer),
+        device=args.device,
+        amp=args.amp_dtype if args.amp else None,
+        channels_last=args.channels_last,
+    )
+    train_loader, val_loader = _loaders(args, data)
+    output = (
+        None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.sampler}")
+    )
+    resume: bool | Path = True if args.resume == "auto" else False if args.resume == "" else Path(args.resume)
+    trainer.fit(
+        train_loader,
+        epochs=args.epochs,
+        val_loader=val_loader,
+        output_dir=output,
+        resume=resume,
+        log_interval=args.log_interval,
+    )
+    result = trainer.evaluate(val_loader)
+    print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
+    for depths in args.evaluate_depths or ():
+        subnet = trainer.evaluate(val_loader, depths, calibration_loader=train_loader)
+        print(f"Test of depths {'-'.join(map(str, depths))}: accuracy {100 * subnet.accuracy:.2f} %")
+    if output is not None:
+        print(f"Written to {output}")
+
+
+def build_model(name: str, data: Data) -> nn.Module:
+    """A network for the data by name: cifar_resnetN, a torchvision classifier, or timm:NAME.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
+        depth = int(name.removeprefix("cifar_resnet"))
+        return models.cifar_resnet(depth, data.num_classes, in_channels=data.in_channels)
+    if name.startswith("timm:"):
+        import timm
+
+        return timm.create_model(name[5:], num_classes=data.num_classes, in_chans=data.in_channels)
+    import torchvision
+
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(
+            f"model is {name!r}; it must be cifar_resnetN, one of torchvision's classifiers, or timm:NAME"
+        )
+    return torchvision.models.get_model(name, num_classes=data.num_classes)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=train)
+    add = parser.add_argument
+    add("-c", "--config", type=Path, metavar="YAML", help="file with flags' names (underscores) and values")
+    add("--data", default="digits", help="digits, imagefolder:PATH or cifar10:PATH")
+    add("--train-images", type=int, help="digits: number of training images")
+    add("--image-size", type=int, default=32, help="imagefolder: height and width")
+    add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
+    add("-b", "--batch-size", type=int, default=128)
+    add("-j", "--workers", type=int, default=0)
+    add("--epochs", type=int, default=20)
+    add("--opt", choices=["sgd", "adamw"], default="sgd")
+    add("--lr", type=float, default=0.1)
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--sched", choices=["cosine", "none"], default="cosine")
+    add("--warmup-epochs", type=int, default=0)
+    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False)
+    add("--amp-dtype", choices=[*AMP_DTYPES], default="bf16")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
+    add("--output", type=Path, help="folder for runs; nothing is written without it")
+    add("--experiment", help="name of the run's folder")
+    add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
+    add("--log-interval", type=int, default=50)
+    add("--evaluate-depths", type=_depths, nargs="+", metavar="D-D-D", help="subnets to evaluate at the end")
+    _add_config(parser.add_argument_group("GKT (see gkt_fast.GKTConfig)"))
+
+
+def _add_config(group: argparse._ArgumentGroup) -> None:
+    """One flag for every field of GKTConfig, of the same name."""
+    choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
+    special = {"min_depth": _min_depth, "subnets": _subnets}
+    for field in dataclasses.fields(GKTConfig):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            kind = special.get(field.name) or type(field.default)
+            group.add_argument(flag, type=kind, default=field.default, choices=choices.get(field.name))
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """Puts the flags of a `--config` file in front of those of the command line, which win."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("-c", "--config", type=Path)
+    path = finder.parse_known_args(arguments)[0].config
+    if path is None or arguments[:1] != ["train"]:
+        return arguments
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of flags to values")
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}={_flag_value(value)}"]
+    return ["train", *flags, *arguments[1:]]
+
+
+def _flag_value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return ",".join("-".join(map(str, depths)) for depths in value)
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("-"))
+
+
+def _min_depth(text: str) -> int | tuple[int, ...]:
+    depths = _depths(text)
+    return depths[0] if len(depths) == 1 else depths
+
+
+def _subnets(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_depths(part) for part in text.split(","))
+
+
+def _optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(args.device)
+    if args.opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+    )
+
+
+def _scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if args.sched == "none":
+        return None
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.epochs - args.warmup_epochs, 1))
+    if not args.warmup_epochs:
+        return cosine
+    warmup = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / (args.warmup_epochs + 1), total_iters=args.warmup_epochs
+    )
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[args.warmup_epochs])
+
+
+def _loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader]:
+    options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
+    size = min(args.batch_size, len(data.train))  # type: ignore[arg-type]
+    train_loader = DataLoader(data.train, size, shuffle=True, drop_last=True, **options)
+    return train_loader, DataLoader(data.test, max(size, 256), **options)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

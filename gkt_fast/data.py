@@ -1,0 +1,117 @@
+"""The data sets that the command line and the examples know by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+__all__ = ["Data", "digits", "load_data"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images of one classification task.
+
+    Args:
+        train: (image (C, H, W) float32, class index) pairs.
+        test: the same.
+        num_classes: number of classes.
+        in_channels: channels of an image.
+    """
+
+    train: Dataset
+    test: Dataset
+    num_classes: int
+    in_channels: int
+
+
+def digits(train_images: int = 200) -> Data:
+    """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, 10 classes; a fixed, stratified split.
+
+    Args:
+        train_images: number of images to train on; the rest is the test set.
+
+    Raises:
+        ValueError: train_images leaves too few images on either side.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    if not 10 <= train_images <= len(bunch.target) - 10:
+        raise ValueError(
+            f"train_images is {train_images}; it must be between 10 and {len(bunch.target) - 10}"
+        )
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1).sub_(4.88).div_(6.02)
+    targets = torch.tensor(bunch.target, dtype=torch.int64)
+    train, test = train_test_split(
+        range(len(targets)), train_size=train_images, stratify=bunch.target, random_state=0
+    )
+    return Data(
+        TensorDataset(images[train], targets[train]), TensorDataset(images[test], targets[test]), 10, 1
+    )
+
+
+def load_data(name: str, image_size: int = 32, train_images: int | None = None) -> Data:
+    """A data set by name.
+
+    Args:
+        name: "digits"; "imagefolder:PATH" with PATH/train/CLASS/* and PATH/val or PATH/test; or "cifar10:PATH", the
+            folder that holds torchvision's `cifar-10-batches-py`.
+        image_size: height and width that images of a folder are resized and cropped to.
+        train_images: for digits, the number of images to train on.
+
+    Raises:
+        ValueError: the name is unknown, or the folder doesn't hold what it must.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "digits":
+        return digits() if train_images is None else digits(train_images)
+    if kind in ("imagefolder", "cifar10") and path:
+        return _image_folder(Path(path), image_size) if kind == "imagefolder" else _cifar10(Path(path))
+    raise ValueError(f"data is {name!r}; it must be digits, imagefolder:PATH or cifar10:PATH")
+
+
+def _image_folder(path: Path, image_size: int) -> Data:
+    from torchvision import datasets, transforms
+
+    test = next((path / split for split in ("val", "test") if (path / split).is_dir()), None)
+    if not (path / "train").is_dir() or test is None:
+        raise ValueError(
+            f"{path} must hold a folder train, and a folder val or test, with one folder per class each"
+        )
+    normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    if image_size <= 64:
+        augment = [
+            transforms.Resize((image_size, image_size)),
+            transforms.RandomCrop(image_size, padding=image_size // 8),
+        ]
+        resize = [transforms.Resize((image_size, image_size))]
+    else:
+        augment = [transforms.RandomResizedCrop(image_size)]
+        resize = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
+    flip = transforms.RandomHorizontalFlip()
+    train_set = datasets.ImageFolder(path / "train", transforms.Compose([*augment, flip, *normalize]))
+    test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]))
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"{path / 'train'} and {test} hold different classes")
+    return Data(train_set, test_set, len(train_set.classes), 3)
+
+
+def _cifar10(path: Path) -> Data:
+    from torchvision import datasets, transforms
+
+    normalize = [
+        transforms.ToTensor(),
+        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ]
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    try:
+        train = datasets.CIFAR10(path, train=True, transform=transforms.Compose([*augment, *normalize]))
+        test = datasets.CIFAR10(path, train=False, transform=transforms.Compose(normalize))
+    except RuntimeError as error:
+        raise ValueError(f"{path} doesn't hold CIFAR-10 (a folder cifar-10-batches-py): {error}") from error
+    return Data(train, test, 10, 3)

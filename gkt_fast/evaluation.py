@@ -1,0 +1,90 @@
+"""Accuracy of a network, or of one of its subnets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .execution.states import logits_of
+from .extraction import active_subnet, batch_norm_state, recalibrate_batch_norm
+from .subnet import Stage, Subnet
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over a loader.
+
+    Args:
+        accuracy: share of rows whose largest logit is the target's, 0 to 1.
+        loss: mean cross entropy.
+        samples: number of rows.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    depths: Subnet | Sequence[int] | None = None,
+    *,
+    stages: Sequence[Stage] | None = None,
+    calibration_loader: Iterable[Any] | None = None,
+    calibration_samples: int = 2000,
+    ignore_index: int = -100,
+    autocast: AbstractContextManager | None = None,
+) -> Evaluation:
+    """Top-1 accuracy and cross entropy in evaluation mode. The model is left as it was.
+
+    Args:
+        model: the network.
+        loader: (images, class indices) batches.
+        depths: evaluate this subnet; None: the full network.
+        stages: the model's stages; None: found by themselves.
+        calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
+            (`recalibrate_batch_norm`); None: the model's own statistics.
+        calibration_samples: how many of its samples to use.
+        ignore_index: rows with this target don't count.
+        autocast: context to run the model in.
+
+    Raises:
+        ValueError: the loader gave no row, or the depths don't fit.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    statistics = batch_norm_state(model) if calibration_loader is not None else {}
+    training = model.training
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    samples = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        if calibration_loader is not None:
+            recalibrate_batch_norm(model, calibration_loader, calibration_samples, depths, stages)
+        model.eval()
+        with nullcontext() if depths is None else active_subnet(model, depths, stages):
+            for images, targets in loader:
+                images, targets = images.to(device), targets.to(device)
+                with autocast or nullcontext():
+                    logits = logits_of(model(images)).float()
+                rows = targets != ignore_index
+                samples += rows.sum()
+                correct += ((logits.argmax(1) == targets) & rows).sum()
+                loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    finally:
+        model.train(training)
+        if statistics:
+            model.load_state_dict(statistics, strict=False)
+    count = int(samples)
+    if count == 0:
+        raise ValueError("loader gave no row to evaluate")
+    return Evaluation(int(correct) / count, float(loss) / count, count)

@@ -1,0 +1,160 @@
+"""`execution="lean"`: every state once, at nearly the memory of the one-by-one loop.
+
+Where streams part, the state is cut from the graph. A stream's backward runs as soon as its loss is known and stops at
+the cut, where its gradient is kept. When the last stream that reads a cut state is done, the gradients that gathered
+there go back through the layers before it, and those activations are freed. Nested ordered subnets part from the trunk
+ever earlier, so that at any time little more than one network's activations are held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..config import GKTConfig
+from ..plan import Plan, make_plan
+from .batch_norm import frozen_statistics, record_statistics, tracking_layers, update_running_statistics
+from .gradients import GradientSum, deliver
+from .interception import Site, check_called, intercept
+from .states import SharedStateError, States, _State, logits_of
+from .step import Network, StepResult, Streams
+from .stream_loss import StreamLoss
+
+__all__ = ["run_lean", "stream_order"]
+
+
+def run_lean(
+    network: Network,
+    inputs: tuple[Any, ...],
+    targets: Tensor,
+    streams: Streams,
+    loss_scale: float | Tensor | None = None,
+) -> StepResult:
+    """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
+    config = streams.config
+    plan = make_plan(network.layers(), streams.dropped)
+    gradients = GradientSum(network.model, inputs, loss_scale)
+    stream_loss = StreamLoss(streams, targets)
+    layers = tracking_layers(network.model)
+    every_stream_counts = config.batch_norm == "sequential"
+    order = stream_order(plan, config)
+    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
+        states = _CutStates(network, statistics, plan)
+        try:
+            for stream in order:
+                updates = stream == 0 or every_stream_counts
+                with (
+                    nullcontext() if updates else frozen_statistics(layers),
+                    intercept(network.model, network.sites, states.call),
+                ):
+                    states.begin_stream(streams.dropped[stream], plan.paths[stream])
+                    logits = logits_of(gradients.run(network.model, inputs))
+                    states.end_stream()
+                if stream == 0:
+                    check_called(network.sites, network.returns)
+                with frozen_statistics(layers):
+                    gradients.add(stream_loss(stream, logits))
+                    states.finish_stream()
+        finally:
+            states.close()
+    for _, updates in sorted(zip(order, states.stream_statistics, strict=True), key=lambda pair: pair[0]):
+        update_running_statistics(updates)
+    return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
+
+
+class _CutStates(States):
+    """States of which those that several streams read further are cut from the graph.
+
+    Args:
+        network: the network.
+        statistics: see `States`.
+        plan: the states of the step.
+    """
+
+    def __init__(self, network: Network, statistics: list, plan: Plan) -> None:
+        super().__init__(network.writes_input, network.returns, statistics)
+        self.plan = plan
+        self._readers = Counter(state for path in plan.paths for state in path)
+        children = Counter(plan.parents[1:])
+        ends = Counter(path[-1] for path in plan.paths)
+        self._branching = {state for state in self._readers if children[state] + ends[state] > 1}
+        self._cuts: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._executed: dict[int, _State] = {}
+        self._plan_path: tuple[int, ...] = ()
+
+    def begin_stream(self, dropped: frozenset[str], plan_path: tuple[int, ...] = ()) -> None:
+        """Starts at the input again; `plan_path` holds the stream's states in the plan."""
+        super().begin_stream(dropped)
+        self._plan_path = plan_path
+
+    def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
+        planned = self._plan_path[len(self.path)] if len(self.path) < len(self._plan_path) else None
+        if planned is None or self.plan.layers[self.plan.layer_of[planned]].path != site.path:
+            raise SharedStateError(
+                f"the model called {site.path!r} where its forward in evaluation mode calls another layer; "
+                "execution='lean' needs the same order of calls in every step. Use execution='shared'"
+            )
+        state = super()._execute(site, module, args, kwargs)
+        if planned in self._branching and torch.is_grad_enabled():
+            state = self._cut(planned, state)
+        self._executed[planned] = state
+        return state
+
+    def _cut(self, planned: int, state: _State) -> _State:
+        values, structure = tree_flatten(state.output)
+        outputs = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+        leaves = {id(value): value.detach().requires_grad_() for value in outputs}
+        self._cuts[planned] = outputs, [leaves[id(value)] for value in outputs]
+        output = tree_unflatten([leaves.get(id(value), value) for value in values], structure)
+        return _State(output, state.past_stem, state.statistics)
+
+    def finish_stream(self) -> None:
+        """The stream's backward is done: goes back through cuts that no other stream will read, deepest first."""
+        self.path = []
+        for planned in reversed(self._plan_path):
+            self._readers[planned] -= 1
+            if self._readers[planned]:
+                continue
+            self._executed.pop(planned).release()
+            outputs, leaves = self._cuts.pop(planned, ([], []))
+            pairs = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
+            if pairs:
+                torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def stream_order(plan: Plan, config: GKTConfig) -> list[int]:
+    """An order of the streams in which each finds its teacher, and that leaves cut states as early as possible.
+
+    A subnet's teacher is the group before as it is after the same loop, so a stream comes after that group's and
+    before its next update. Among the streams that may come next, the one that shares most states with the last.
+    """
+    order = [0]
+    waiting = list(range(1, len(plan.paths)))
+    while waiting:
+        ready = [stream for stream in waiting if _is_ready(stream, order, config)]
+        last = plan.paths[order[-1]]
+        order.append(max(ready, key=lambda stream: (_shared_states(plan.paths[stream], last), -stream)))
+        waiting.remove(order[-1])
+    return order
+
+
+def _is_ready(stream: int, done: Sequence[int], config: GKTConfig) -> bool:
+    loop, group = divmod(stream - 1, config.groups)
+    needed = []
+    if group > 0:
+        needed.append(stream - 1)
+    if loop > 0:
+        needed.append(stream - config.groups)
+        if group < config.groups - 1:
+            needed.append(stream - config.groups + 1)
+    return all(stream in done for stream in needed)
+
+
+def _shared_states(path: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return len(set(path) & set(other))

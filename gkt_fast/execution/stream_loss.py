@@ -1,0 +1,57 @@
+"""The loss of one stream at a time, for modes that run backward before the next stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import GroupKnowledge
+from .step import Streams, knowledge_options
+
+__all__ = ["StreamLoss"]
+
+
+class StreamLoss:
+    """Walks the streams; keeps what they leave behind for each other.
+
+    Args:
+        streams: the streams of the step.
+        targets: of the batch.
+    """
+
+    def __init__(self, streams: Streams, targets: Tensor) -> None:
+        self.streams = streams
+        self.targets = targets
+        self._knowledge = GroupKnowledge(**knowledge_options(streams.config))
+        self._terms: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
+        self.full_logits: Tensor | None = None
+
+    def __call__(self, stream: int, logits: Tensor) -> Tensor:
+        """The stream's weighted share of the loss, a scalar."""
+        config = self.streams.config
+        if stream == 0:
+            self.full_logits = logits.detach()
+            term = self._knowledge.full(logits, self.targets)
+            loss = _weighted(config.ce_weight, term)
+        else:
+            term = self._knowledge.subnet(logits, self.targets, self.streams.group(stream))
+            loss = _weighted(config.kd_weight, term)
+            if config.subnet_ce_weight:
+                loss = loss + config.subnet_ce_weight * self._knowledge.cross_entropy(logits, self.targets)
+        self._terms[stream] = term.detach()
+        self._losses[stream] = loss.detach()
+        return loss
+
+    def total(self) -> Tensor:
+        """The loss of all streams, detached."""
+        return torch.stack([self._losses[stream] for stream in sorted(self._losses)]).sum()
+
+    def terms(self) -> Tensor:
+        """(S,): the full network's cross entropy, then each subnet's distillation term."""
+        return torch.stack([self._terms[stream] for stream in sorted(self._terms)])
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """The weighted term; with weight 0 it counts nothing, even where it is not a number."""
+    return weight * term if weight else 0.0 * term.nan_to_num(0.0, 0.0, 0.0)

@@ -1,0 +1,148 @@
+"""Subnets as networks of their own: run one in place, cut it out, and estimate its BatchNorm statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .execution.interception import find_sites, intercept
+from .execution.states import skip_block
+from .models.discovery import find_stages
+from .subnet import Stage, Subnet
+
+__all__ = ["active_subnet", "extract_subnet", "recalibrate_batch_norm"]
+
+
+def _as_subnet(subnet: Subnet | Sequence[int], stages: Sequence[Stage]) -> Subnet:
+    return subnet if isinstance(subnet, Subnet) else Subnet.ordered(subnet, stages)
+
+
+@contextmanager
+def active_subnet(
+    model: nn.Module, depths: Subnet | Sequence[int], stages: Sequence[Stage] | None = None
+) -> Iterator[None]:
+    """Inside the block the model runs as the subnet: dropped blocks hand their input through.
+
+    Args:
+        model: the network.
+        depths: blocks to keep in each stage, or a `Subnet`.
+        stages: the model's stages; None: found by themselves.
+
+    Raises:
+        ValueError: the depths don't fit the model.
+    """
+    stages = find_stages(model) if stages is None else stages
+    dropped = _as_subnet(depths, stages).dropped(stages)
+    sites = [site for site in find_sites(model, stages) if site.path in dropped]
+    with intercept(model, sites, lambda site, module, args, kwargs: skip_block(site.path, 0, args, kwargs)):
+        yield
+
+
+def extract_subnet(
+    model: nn.Module, depths: Subnet | Sequence[int], stages: Sequence[Stage] | None = None
+) -> nn.Module:
+    """A copy of the model, of the same class, without the dropped blocks.
+
+    Blocks in an `nn.Sequential` or `nn.ModuleList` are removed and the following ones renumbered; elsewhere an
+    `nn.Identity` takes a dropped block's place. BatchNorm statistics are copied as they are: those of a subnet differ,
+    see `recalibrate_batch_norm`.
+
+    Args:
+        model: the network.
+        depths: blocks to keep in each stage, or a `Subnet`.
+        stages: the model's stages; None: found by themselves.
+
+    Raises:
+        ValueError: the depths don't fit the model.
+    """
+    stages = find_stages(model) if stages is None else stages
+    dropped = _as_subnet(depths, stages).dropped(stages)
+    extracted = copy.deepcopy(model)
+    for path in sorted(dropped, key=_natural, reverse=True):
+        parent_path, _, name = path.rpartition(".")
+        parent = extracted.get_submodule(parent_path)
+        if isinstance(parent, (nn.Sequential, nn.ModuleList)) and name.isdigit():
+            del parent[int(name)]
+        elif isinstance(parent, nn.Sequential):
+            del parent._modules[name]
+        else:
+            setattr(parent, name, nn.Identity())
+    return extracted
+
+
+def _natural(path: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_samples: int = 2000,
+    depths: Subnet | Sequence[int] | None = None,
+    stages: Sequence[Stage] | None = None,
+) -> int:
+    """Resets BatchNorm's running statistics and estimates them anew, as the average over batches.
+
+    A subnet sees other activations than the full network, whose statistics the model carries after training
+    (Stimulative Training re-estimates them on about 2,000 images too). Dropout and the like stay in evaluation mode.
+
+    Args:
+        model: the network, changed in place; its training flags are left as they were.
+        loader: batches, or (batch, ...) tuples of which the first entry is used.
+        num_samples: how many samples to use; fewer when the loader ends before.
+        depths: estimate for this subnet; None: the model as it is.
+        stages: the model's stages; None: found by themselves.
+
+    Returns:
+        The number of samples used.
+
+    Raises:
+        ValueError: the loader gave no sample, or num_samples is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    momenta = [layer.momentum for layer in layers]
+    training = {module: module.training for module in model.modules()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seen = 0
+    model.eval()
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        with nullcontext() if depths is None else active_subnet(model, depths, stages):
+            for batch in loader:
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = images[: num_samples - seen]
+                model(images.to(device))
+                seen += len(images)
+                if seen >= num_samples:
+                    break
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in training.items():
+            module.training = mode
+    if seen == 0:
+        raise ValueError("loader gave no sample")
+    return seen
+
+
+def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all BatchNorm buffers, to be put back with `model.load_state_dict(state, strict=False)`."""
+    return {
+        f"{path}.{name}" if path else name: buffer.clone()
+        for path, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }

@@ -1,0 +1,81 @@
+"""Validation of `ghost_batch_norm`'s arguments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "check_arguments", "statistics_dtype"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("relu", "identity")
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of mean, var and the arithmetic: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghosts: int,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    activation: str,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        raise TypeError(f"x is {_kind(x)}; it must be a tensor of {', '.join(map(str, DTYPES))}")
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (ghosts*B, C, *spatial)")
+    if isinstance(ghosts, bool) or not isinstance(ghosts, (int, torch.SymInt)):
+        raise TypeError(f"ghosts is {ghosts!r}; it must be an int")
+    if ghosts < 1 or x.shape[0] % ghosts != 0:
+        raise ValueError(f"ghosts is {ghosts}; it must be at least 1 and divide the {x.shape[0]} rows of x")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be 'relu' or 'identity'")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; it must be finite and not negative")
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is not None:
+            _check_tensor(name, vector, (x.shape[1],), (x.dtype, statistics_dtype(x.dtype)), x.device)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together")
+    if residual is not None:
+        _check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device)
+    if keep is not None:
+        _check_tensor("keep", keep, (ghosts,), (torch.bool,), x.device)
+        if residual is None:
+            raise ValueError(
+                "keep is given without residual; a dropped ghost batch passes its residual through"
+            )
+    if running_mean is None and x.numel() == ghosts * x.shape[1] != 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} with ghosts={ghosts}: one value per channel and ghost batch has no "
+            "variance; training needs more than one"
+        )
+
+
+def _check_tensor(name: str, value: object, shape: tuple, dtypes: tuple, device: torch.device) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        allowed = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise TypeError(f"{name} is {_kind(value)}; it must be a tensor of {allowed}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device}, as x is")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

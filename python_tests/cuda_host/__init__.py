@@ -1,0 +1,1 @@
+"""Runs the CUDA C++ kernels on the CPU and judges them; see README.md."""

@@ -1,0 +1,86 @@
+"""DESIGN's formula of `group_knowledge_loss` in float64, written row by row and apart from the package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEFAULTS = {
+    "ema": 0.5,
+    "temperature": 1.0,
+    "normalize_logits": False,
+    "eps": 1e-7,
+    "ce_weight": 1.0,
+    "kd_weight": 1.0,
+    "subnet_ce_weight": 0.0,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "distill_ignored": True,
+}
+
+
+def as_rows(tensor: Tensor, class_dim: int) -> Tensor:
+    """(..., B, C, *spatial) -> (..., rows, C)."""
+    moved = tensor.movedim(class_dim, -1)
+    return moved.reshape(*tensor.shape[: class_dim - 1], -1, tensor.shape[class_dim])
+
+
+def expected(
+    logits: Tensor, targets: Tensor, groups: int, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, terms and gradient, all in float64."""
+    o = DEFAULTS | options
+    leaf = logits.detach().double().requires_grad_()
+    z = as_rows(leaf, 2)
+    streams, rows, classes = z.shape
+    smoothing, temperature = o["label_smoothing"], o["temperature"]
+    if targets.is_floating_point():
+        wanted = as_rows(targets.double(), 1)
+        counted = torch.ones(rows, dtype=torch.bool)
+    else:
+        counted = targets.reshape(-1) != o["ignore_index"]
+        wanted = torch.eye(classes, dtype=torch.float64)[targets.reshape(-1).where(counted, 0)]
+    wanted = (1 - smoothing) * wanted + smoothing / classes
+
+    def cross_entropy(x: Tensor) -> Tensor:
+        log_probability = x - x.logsumexp(1, keepdim=True)
+        # 0 log 0 = 0 for the classes that a one-hot target leaves out; probabilities are taken as they are.
+        left_out = (wanted == 0) & (not targets.is_floating_point())
+        return torch.where(left_out, 0.0, -wanted * log_probability).sum(1)[counted].sum() / counted.sum()
+
+    def normalized(x: Tensor) -> Tensor:
+        if not o["normalize_logits"]:
+            return x
+        deviation = x - x.mean(1, keepdim=True)
+        return deviation / (deviation.pow(2).mean(1, keepdim=True) + o["eps"]).sqrt()
+
+    distilled = counted if not o["distill_ignored"] else torch.ones(rows, dtype=torch.bool)
+    knowledge = {0: normalized(z[0]).detach()}
+    terms = [cross_entropy(z[0])]
+    loss = o["ce_weight"] * terms[0] if o["ce_weight"] else 0.0 * leaf.nan_to_num(0, 0, 0).sum()
+    for s in range(1, streams):
+        g = (s - 1) % groups + 1
+        n = normalized(z[s])
+        log_p = knowledge[g - 1] / temperature
+        log_p = log_p - log_p.logsumexp(1, keepdim=True)
+        log_q = n / temperature - (n / temperature).logsumexp(1, keepdim=True)
+        divergence = torch.where(log_p.exp() == 0, 0.0, log_p.exp() * (log_p - log_q)).sum(1)
+        kd = temperature**2 * divergence[distilled].sum() / distilled.sum()
+        terms.append(kd)
+        if o["kd_weight"]:
+            loss = loss + o["kd_weight"] * kd
+        if o["subnet_ce_weight"]:
+            loss = loss + o["subnet_ce_weight"] * cross_entropy(z[s])
+        n = n.detach()
+        if g not in knowledge or o["ema"] == 0:
+            knowledge[g] = n
+        elif o["ema"] != 1:
+            knowledge[g] = o["ema"] * knowledge[g] + (1 - o["ema"]) * n
+    loss.backward()
+    return loss.detach(), torch.stack(terms).detach(), leaf.grad
+
+
+def relative_norm(actual: Tensor, wanted: Tensor) -> float:
+    """|actual - wanted| / |wanted|, 0 where both vanish."""
+    difference = (actual.double() - wanted).norm().item()
+    return 0.0 if difference == 0 else difference / wanted.norm().item()
