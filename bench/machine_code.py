@@ -143,18 +143,23 @@ def compile_triton(configuration: tuple, architecture: int) -> object:
 
 def triton_rows(architectures: Sequence[int], ops: Sequence[str] | None = None) -> list[dict[str, object]]:
     """A row per Triton configuration and architecture."""
-    rows = []
-    for op, configuration in triton_configurations(ops):
-        for architecture in architectures:
-            compiled = compile_triton(configuration, architecture)
-            with tempfile.TemporaryDirectory() as folder:
-                cubin = Path(folder) / "kernel.cubin"
-                cubin.write_bytes(compiled.asm["cubin"])
-                (kernel,) = read_cubin(cubin, architecture)
-            threads = 32 * compiled.metadata.num_warps
-            columns = _columns(kernel, architecture, threads, compiled.metadata.shared - kernel.shared_bytes)
-            rows.append({"kind": "triton", "op": op, "kernel": configuration[0], **columns})
-    return rows
+    return [
+        triton_row(op, configuration, architecture)
+        for op, configuration in triton_configurations(ops)
+        for architecture in architectures
+    ]
+
+
+def triton_row(op: str, configuration: tuple, architecture: int) -> dict[str, object]:
+    """The row of one configuration of `aot_configurations()`."""
+    compiled = compile_triton(configuration, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (kernel,) = read_cubin(cubin, architecture)
+    threads = 32 * compiled.metadata.num_warps
+    columns = _columns(kernel, architecture, threads, compiled.metadata.shared - kernel.shared_bytes)
+    return {"kind": "triton", "op": op, "kernel": configuration[0], **columns}
 
 
 def _columns(

@@ -162,10 +162,15 @@ class Kernel(Code):
 
     @cached_property
     def main_loop(self) -> Loop | None:
-        """The innermost loop that moves most global memory, or the longest when none moves any."""
+        """The innermost loop that moves most global memory, one with loads before one without; the longest if
+        none moves any."""
         return max(
             self.loops,
-            key=lambda loop: (loop.bytes_moved("LDG", "STG", "LDGSTS"), len(loop.instructions)),
+            key=lambda loop: (
+                loop.count("LDG", "LDGSTS") > 0,
+                loop.bytes_moved("LDG", "STG", "LDGSTS"),
+                len(loop.instructions),
+            ),
             default=None,
         )
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depth", type=int, default=20, help="6n + 2 layers")

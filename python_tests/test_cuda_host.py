@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from cuda_host import build
+from cuda_host import address_sanitizer, build
 
 from gkt_fast.ops import registry, use_backend
 from gkt_fast.ops.native import DTYPES
@@ -157,10 +157,12 @@ PLANTED = {
     "dynamic_bounds": r"out of bounds .*thread \(63, 0, 0\).*offset 256 of dynamic shared memory, which has "
     "256 bytes",
     "static_bounds": r"out of bounds .*thread \(63, 0, 0\): index 64 of 'float \[64\]' at planted.cu:\d+",
-    "shared_race": r"race .* in shared memory, which thread \(31, 0, 0\) wrote \(planted.cu:\d+\)",
-    "warp_race": r"race .* in shared memory, which thread \(0, 0, 0\) read",
-    "write_race": r"race .* write of 4 bytes .* in shared memory, which thread \(0, 0, 0\) wrote",
-    "byte_race": r"race .* write of 1 bytes .* in shared memory, which thread \(0, 0, 0\) read",
+    "static_pointer": r"out of bounds .*thread \(32, 0, 0\).*: byte 128 of first of 128 bytes",
+    "external": r"out of bounds .*thread \(32, 0, 0\).*: byte 128 of first of 128 bytes",
+    "shared_race": r"race .* in shared memory '(tile|bytes)', which thread \(31, 0, 0\) wrote \(planted.cu:\d+\)",
+    "warp_race": r"race .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) read",
+    "write_race": r"race .* write of 4 bytes .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) wrote",
+    "byte_race": r"race .* write of 1 bytes .* in shared memory '(tile|bytes)', which thread \(0, 0, 0\) read",
     "block_race": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): .* in global memory, which thread "
     r"\(32, 0, 0\) of block \(0, 0, 0\) wrote",
     "last_block": r"race .*block \(1, 0, 0\), thread \(0, 0, 0\): read .* in global memory, which thread "
@@ -248,12 +250,12 @@ def test_launches_from_several_threads(reductions):
 
 def test_out_of_bounds_under_address_sanitizer():
     try:
-        environment = build.address_sanitizer_environment()
+        environment = address_sanitizer.environment()
     except build.CompilationError as error:
         pytest.skip(str(error))
     code = f"""
 import ctypes
-from cuda_host import build
+from cuda_host import address_sanitizer, build
 library = build.load_library({str(KERNELS / "planted.cu")!r})
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -304,3 +306,32 @@ def test_register_adds_the_backend(monkeypatch):
         assert registry.select("doubled", "cpu", torch.float32).native is build.native_module()
     registry._load.cache_clear()
     registry._automatic.cache_clear()
+
+
+def test_traffic_is_counted(reductions):
+    x, y = torch.randn(3000), torch.empty(3000)
+    with build.count_traffic(reductions) as rows:
+        call(reductions, "double_elements", address(x), 0, ctypes.c_int64(3000), address(y))
+    (kernel,) = {row.kernel for row in rows}
+    assert "double_kernel<float>" in kernel
+    assert {(row.kind, row.accesses, row.bytes, row.distinct_bytes) for row in rows if row.line == ""} == {
+        ("read", 750, 12000, 12000),
+        ("write", 750, 12000, 12000),
+    }
+    (read,) = (row for row in rows if row.line and row.kind == "read")
+    assert re.fullmatch(r"common.cuh:\d+ from reductions.cu:\d+", read.line)
+    assert 12000 <= read.sector_bytes <= 12000 + 32 * 25, "whole sectors, but for the ends of each warp"
+
+
+def test_traffic_shows_uncoalesced_reads(reductions):
+    columns = 64
+    x, statistics = torch.randn(2, columns), torch.empty(2, 6)
+    with build.count_traffic(reductions) as rows:
+        call(
+            reductions, "block_statistics", address(x), 0, 2, ctypes.c_int64(columns), 32, address(statistics)
+        )
+    reads = [row for row in rows if row.line == "" and row.kind == "read"]
+    writes = [row for row in rows if row.line == "" and row.kind == "write"]
+    assert reads[0].bytes == reads[0].distinct_bytes == 2 * columns * 4
+    assert writes[0].bytes == 2 * 6 * 4
+    assert writes[0].sector_bytes >= 2 * 6 * 32, "one thread writes six numbers one by one"

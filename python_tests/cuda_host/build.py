@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +36,11 @@ COMMON_FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
-    "-g1",
     "-Werror=uninitialized",
 )
-# The sanitizers' calls end in runtime/memory.cpp and runtime/undefined.cpp, not in GCC's libraries.
+# The sanitizers' calls end in runtime/instrumentation.cpp, not in GCC's libraries.
 KERNEL_FLAGS = (
-    *("-x", "c++", "-O1", "-Wno-unknown-pragmas"),
+    *("-x", "c++", "-O1", "-g", "-Wno-unknown-pragmas"),
     *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero",
 )
@@ -57,7 +57,7 @@ def missing_tools() -> str | None:
     compiler = shutil.which("g++")
     if compiler is None:
         return "g++ is not on PATH"
-    version = _run([compiler, "-dumpversion"]).strip()
+    version = run([compiler, "-dumpversion"]).strip()
     if int(version.split(".")[0]) < 11:
         return f"g++ is {version}; it must be 11 or newer"
     if importlib.util.find_spec("pybind11") is None:
@@ -92,7 +92,7 @@ def native_module() -> ModuleType:
     bindings = ROOT / "csrc" / "bindings.cpp"
     objects = _compile_all([*RUNTIME, ROOT / "csrc" / "cpu" / "isa.cpp", *kernels, bindings])
     # The CPU entries that bindings.cpp names are defined as the one that says they are missing.
-    undefined = _run(["nm", "-u", *map(str, objects)])
+    undefined = run(["nm", "-u", *map(str, objects)])
     absent = sorted(set(re.findall(r"\bgkt_\w+_cpu\b", undefined)))
     path = _link(objects, "_native", [f"-Wl,--defsym={name}=gkt_no_cpu_kernel" for name in absent])
     loader = importlib.machinery.ExtensionFileLoader("cuda_host._native", str(path))
@@ -110,10 +110,14 @@ def register(op: str, functions: Callable[[ModuleType], Any]) -> None:
         functions: makes the object with the op's functions over a native module; the op's "cuda" backend is
             `functions(native_cuda_module())`, this one is `functions(native_module())`.
     """
+
+    def load() -> Any:
+        if reason := missing_tools():
+            raise registry.BackendError(reason)
+        return functions(native_module())
+
     dtypes = registry.find(op, "cuda").dtypes
-    registry.register(
-        registry.Implementation(op, "cuda-host", ("cpu",), dtypes, lambda: functions(native_module()))
-    )
+    registry.register(registry.Implementation(op, "cuda-host", ("cpu",), dtypes, load))
 
 
 @contextmanager
@@ -128,6 +132,45 @@ def only_buffers(library: ctypes.CDLL, *tensors: torch.Tensor) -> Iterator[None]
         library.cuda_host_set_buffers(None, None, 0)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Global memory accesses of one source line of a kernel.
+
+    Args:
+        kernel: name of the kernel; the line "" is all of it.
+        line: "FILE:LINE", with " from FILE:LINE" where that was inlined.
+        kind: "read", "write" or "atomic update".
+        accesses: number of accesses, one per thread.
+        bytes: what the threads asked for.
+        sector_bytes: what the memory moves for it, in whole sectors of 32 bytes, when the lanes of a warp that
+            run the line for the n-th time are one request and nothing stays in a cache.
+        distinct_bytes: bytes at different addresses, 0 for a single line: the least that must be moved.
+    """
+
+    kernel: str
+    line: str
+    kind: str
+    accesses: int
+    bytes: int
+    sector_bytes: int
+    distinct_bytes: int
+
+
+@contextmanager
+def count_traffic(library: ctypes.CDLL | ModuleType) -> Iterator[list[Traffic]]:
+    """Counts the global memory accesses of the kernels launched in this block; the list is filled at its end."""
+    library = _as_library(library)
+    library.cuda_host_count_traffic.restype = ctypes.c_char_p
+    rows: list[Traffic] = []
+    library.cuda_host_count_traffic(1)
+    try:
+        yield rows
+    finally:
+        for text in library.cuda_host_count_traffic(0).decode().splitlines():
+            kernel, line, kind, *numbers = text.split("\t")
+            rows.append(Traffic(kernel, line, kind, *map(int, numbers)))
+
+
 @contextmanager
 def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
     """Kernels launched in this block run their last block, warp and lane first, which must not change a bit.
@@ -135,8 +178,7 @@ def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
     Args:
         library: what `load_library` or `native_module` returned.
     """
-    if isinstance(library, ModuleType):
-        library = ctypes.CDLL(library.__file__)
+    library = _as_library(library)
     library.cuda_host_set_last_first(1)
     try:
         yield
@@ -144,21 +186,8 @@ def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
         library.cuda_host_set_last_first(0)
 
 
-def address_sanitizer_environment() -> dict[str, str]:
-    """The environment of a subprocess whose allocations have red zones, which the runtime then checks.
-
-    Raises:
-        CompilationError: the compiler has no libasan.
-    """
-    # libasan looks for the real __cxa_throw when it starts, so libstdc++ has to be there already.
-    libraries = [
-        _run(["g++", f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    for library in libraries:
-        if not Path(library).is_absolute():
-            raise CompilationError(f"the compiler has no {library}")
-    options = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0"
-    return {**os.environ, "LD_PRELOAD": " ".join(map(os.path.realpath, libraries)), "ASAN_OPTIONS": options}
+def _as_library(library: ctypes.CDLL | ModuleType) -> ctypes.CDLL:
+    return ctypes.CDLL(library.__file__) if isinstance(library, ModuleType) else library
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -170,7 +199,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 @functools.cache
 def _compiler_version() -> str:
-    return _run(["g++", "--version"])
+    return run(["g++", "--version"])
 
 
 @functools.cache
@@ -221,9 +250,22 @@ def _compile_all(sources: Sequence[Path], define: Sequence[str] = ()) -> list[Pa
 def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     flags = [*_flags(source), *(f"-D{name}" for name in define)]
     target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
-    if not target.exists():
+    if not target.exists() and source.suffix == ".cu":
+        assembly = target.with_suffix(f".{os.getpid()}.s")
+        run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
+        assembly.write_text(_with_red_zones(assembly.read_text()))
+        _produce(target, ["g++", "-c", str(assembly)])
+        assembly.unlink()
+    elif not target.exists():
         _produce(target, ["g++", *flags, "-c", str(source)])
     return target
+
+
+def _with_red_zones(assembly: str) -> str:
+    """Leaves 256 bytes free behind every function-local static variable, which `__shared__` ones are."""
+    red_zone = r"\n\t.local\t\2.redzone\n\t.comm\t\2.redzone,256,1"
+    assembly = re.sub(r"(?m)^(\t\.comm\t(_ZZ[^,\n]+),\d+,\d+)$", r"\1" + red_zone, assembly)
+    return re.sub(r"(?m)^(\t\.size\t(_ZZ\w+), (\d+)\n\2:\n\t\.zero\t\3)$", r"\1\n\t.zero\t256", assembly)
 
 
 def _link(objects: Sequence[Path], stem: str, flags: Sequence[str] = ()) -> Path:
@@ -240,11 +282,11 @@ def _link(objects: Sequence[Path], stem: str, flags: Sequence[str] = ()) -> Path
 def _produce(target: Path, command: Sequence[str]) -> None:
     """Runs the command with a temporary output, so that two processes can fill the cache at once."""
     temporary = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    _run([*command, "-o", str(temporary)])
+    run([*command, "-o", str(temporary)])
     temporary.replace(target)
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise CompilationError(f"{' '.join(command)}\n{result.stderr}")

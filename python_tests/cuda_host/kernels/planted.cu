@@ -74,6 +74,19 @@ __global__ void static_bounds_kernel(float* y, bool correct) {
   y[threadIdx.x] = threadIdx.x;
 }
 
+__device__ void fill(float* begin, int count) {
+  if (static_cast<int>(threadIdx.x) < count) begin[threadIdx.x] = threadIdx.x;
+}
+
+__global__ void static_pointer_kernel(float* y, bool correct) {
+  __shared__ float first[32], second[32];
+  fill(second, 32);
+  __syncthreads();
+  fill(first, correct ? 32 : 33);
+  __syncthreads();
+  y[threadIdx.x] = first[threadIdx.x % 32] + second[threadIdx.x % 32];
+}
+
 __global__ void shared_race_kernel(float* y, bool correct) {
   __shared__ float tile[64];
   tile[threadIdx.x] = threadIdx.x;
@@ -158,6 +171,18 @@ __global__ void ticket_kernel(unsigned* counter, float* y, bool correct) {
 __global__ void host_pointer_kernel(const int* count, float* y) { y[threadIdx.x] = *count; }
 
 }  // namespace
+
+// Its variables are in sections of their own, as they may be defined in several files.
+template <class T>
+__global__ void external_kernel(float* y, bool correct) {
+  __shared__ T first[32], second[32];
+  fill(second, 32);
+  __syncthreads();
+  fill(first, correct ? 32 : 33);
+  __syncthreads();
+  y[threadIdx.x] = first[threadIdx.x % 32] + second[threadIdx.x % 32];
+}
+
 }  // namespace gkt
 
 using namespace gkt;
@@ -181,6 +206,8 @@ PLANTED(uninitialised_dynamic,
         launch<uninitialised_dynamic_kernel>(1, 64, 256, nullptr, y, correct))
 PLANTED(dynamic_bounds, launch<dynamic_bounds_kernel>(1, 64, 256, nullptr, y, correct))
 PLANTED(static_bounds, launch<static_bounds_kernel>(1, 64, 0, nullptr, y, correct))
+PLANTED(static_pointer, launch<static_pointer_kernel>(1, 64, 0, nullptr, y, correct))
+PLANTED(external, launch<external_kernel<float>>(1, 64, 0, nullptr, y, correct))
 PLANTED(shared_race, launch<shared_race_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(warp_race, launch<warp_race_kernel>(1, 64, 0, nullptr, y, correct))
 PLANTED(write_race, launch<write_race_kernel>(1, 64, 0, nullptr, y, correct))

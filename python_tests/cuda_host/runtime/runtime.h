@@ -1,5 +1,6 @@
 // The runtime behind ../include: one fiber per CUDA thread, warps of 32 run in order, blocks one
-// after another. memory.cpp judges every load and store, scheduler.cpp every collective.
+// after another. memory.cpp judges every load and store, collective.cpp every barrier, shuffle and
+// vote.
 #pragma once
 
 #include <cstddef>
@@ -31,6 +32,7 @@ struct Thread {
   uint64_t value = 0;
   int operand = 0, width = 0;
   Site site = {};
+  const void* caller = nullptr;
 };
 
 struct Launch {
@@ -62,12 +64,36 @@ void start_fiber(Thread& thread, void (*entry)());
 void run_fiber(Thread& thread);  // from the scheduler, until the fiber suspends
 void suspend_fiber(Thread& thread);
 
+// collective.cpp
+// Completes the warp collective that `first` waits in, if all lanes of its mask do.
+bool resolve_collective(Thread* warp, int lanes, Thread& first);
+void report_stuck(const Thread* warp, int lanes, const Thread& stuck);
+// All warps have stopped: ends the interval, then releases the barrier or reports who never reaches
+// it.
+bool resolve_barrier(Thread* threads, int count);
+
+// regions.cpp
+enum class Kind { read, write, atomic };
+enum class Space { global, shared, constant };
+void begin_launch_regions();
+void poison_dynamic_shared_memory();
+// What the accessed memory is; sets `violation` where the running thread may not access it.
+Space classify(uintptr_t address, size_t bytes, Kind kind, std::string& violation);
+std::string region_name(uintptr_t address, Space space);
+uint32_t site_of(const void* return_address);  // an offset into this library
+// "FILE:LINE", and " from FILE:LINE" where that was inlined.
+std::string source_line(uint32_t site);
+
 // memory.cpp
 void begin_launch_memory();
 void begin_block_memory();
 void end_barrier_interval();
 std::string take_unwritten();  // the text of a read of unwritten shared memory, if any
-void* shared_arena();
-std::string source_line(uint32_t site);  // of an offset into this library
+void judge(const void* address, size_t bytes, Kind kind, const void* return_address);
+
+// traffic.cpp
+extern bool counting_traffic;
+void count_access(uintptr_t address, size_t bytes, Kind kind, uint32_t site, const Thread& thread);
+void end_block_traffic();
 
 }  // namespace cuda_host

@@ -1,8 +1,50 @@
-// The calls that -fsanitize=bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero
-// puts into kernels, in place of libubsan: array indices, misaligned vectors, overflowing offsets.
+// The calls that the sanitizers put into kernels, in place of libtsan and libubsan:
+// -fsanitize=thread for every load and store, -fsanitize=bounds,alignment,... for indices, vectors
+// and integers.
 #include <string>
 
 #include "runtime.h"
+
+using cuda_host::judge;
+using cuda_host::Kind;
+
+#define CALLER __builtin_return_address(0)
+
+extern "C" {
+
+#define CUDA_HOST_ACCESSES(bytes)                                                     \
+  void __tsan_read##bytes(void* p) { judge(p, bytes, Kind::read, CALLER); }           \
+  void __tsan_write##bytes(void* p) { judge(p, bytes, Kind::write, CALLER); }         \
+  void __tsan_unaligned_read##bytes(void* p) { judge(p, bytes, Kind::read, CALLER); } \
+  void __tsan_unaligned_write##bytes(void* p) { judge(p, bytes, Kind::write, CALLER); }
+CUDA_HOST_ACCESSES(1)
+CUDA_HOST_ACCESSES(2)
+CUDA_HOST_ACCESSES(4)
+CUDA_HOST_ACCESSES(8)
+CUDA_HOST_ACCESSES(16)
+void __tsan_read_range(void* p, size_t bytes) { judge(p, bytes, Kind::read, CALLER); }
+void __tsan_write_range(void* p, size_t bytes) { judge(p, bytes, Kind::write, CALLER); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+
+// Atomics of the C++ library in host code; kernels use CUDA's.
+#define CUDA_HOST_ATOMICS(bits)                                                                    \
+  uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {               \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                   \
+  }                                                                                                \
+  void __tsan_atomic##bits##_store(volatile uint##bits##_t* p, uint##bits##_t value, int) {        \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                  \
+  }                                                                                                \
+  uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* p, uint##bits##_t value, \
+                                                 int) {                                            \
+    return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);                                         \
+  }
+CUDA_HOST_ATOMICS(8)
+CUDA_HOST_ATOMICS(32)
+CUDA_HOST_ATOMICS(64)
+}
 
 namespace {
 
