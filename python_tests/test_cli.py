@@ -172,6 +172,7 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
             subnet_ce_weight=0.1,
             sampler="uniform",
             drop_rate=0.25,
+            fuse_blocks=False,
             batch_norm="sequential",
             execution="sequential",
             label_smoothing=0.1,
@@ -179,7 +180,8 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
             distill_ignored=False,
             seed=3,
         ),
-        GKTConfig(groups=2, sampler="fixed", subnets=((1, 1, 1), (0, 1, 1))),
+        GKTConfig(groups=2, sampler="fixed", subnets=((1, 1, 1), (0, 1, 1)), execution="lean"),
+        GKTConfig(budget=1.5, min_depth=0),
     ],
 )
 def test_every_hyper_parameter_has_a_flag(run, tmp_path, config):
@@ -269,6 +271,7 @@ def test_data_that_is_not_what_it_must_be(run, tmp_path):
         (["--min-depth", "1-1"], "min_depth is (1, 1); it must have one entry for each of 3 stages"),
         (["--subnets", "1-1-1"], "the sampler 'fixed' needs subnets, and no other takes them"),
         (["--sampler", "all"], "argument --sampler: invalid choice: 'all'"),
+        (["--budget", "0.5"], "budget is 0.5; it must be"),
         (["--kd-weight", "-1"], "kd_weight is -1.0; it must be in [0, inf)"),
         (["--groups", "x"], "argument --groups: invalid int value: 'x'"),
         (["--epoch", "1"], "unrecognized arguments: --epoch"),

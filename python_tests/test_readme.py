@@ -32,7 +32,7 @@ SMALL = {
     "gkt_fast env": "",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/throughput.csv",
-    "bench/norm.py": "--repeats 1",
+    "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
     "examples/minimal.py": "",
 }
@@ -318,6 +318,12 @@ def test_blocks_are_executed():
 def test_commands_that_name_what_is_not_there(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         arguments_of(sample_command(text))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.endswith(".py")])
+def test_scripts_have_the_flags_that_make_them_small(name):
+    source = (ROOT / name).read_text()
+    assert [flag for flag in re.findall(r"--[\w-]+", SMALL[name]) if f'"{flag}"' not in source] == []
 
 
 def test_commands_are_executed_small_and_on_generated_images(tmp_path):
