@@ -182,7 +182,8 @@ def run(python: Path | str, *arguments: str) -> str:
         [str(python), *arguments], cwd=Path(python).parent, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    warnings = [line for line in result.stderr.splitlines() if "torch/utils/flop_counter.py" not in line]
+    assert not warnings  # torch's own, on an import where there is no Triton
     return result.stdout
 
 
