@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -318,6 +319,14 @@ def test_a_network_of_an_unknown_name_or_without_its_library(run, monkeypatch):
     code, _, err = run(*TINY, "--model", "timm:resnet19")
     assert code == 2
     assert "model is 'timm:resnet19'; timm has no network of that name" in err
+
+
+def test_help_lists_every_flag(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    for field in dataclasses.fields(GKTConfig):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "digits, imagefolder:PATH or cifar10:PATH" in out
 
 
 def test_a_command_is_needed(run):

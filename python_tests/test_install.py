@@ -238,6 +238,7 @@ def test_metadata(pure_wheel):
         metadata = archive.read(f"gkt_fast-{gkt_fast.__version__}.dist-info/METADATA").decode()
     assert f"\nVersion: {gkt_fast.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert f"\n## [{gkt_fast.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
     required = [
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]
