@@ -226,6 +226,8 @@ def _flags(source: Path) -> list[str]:
         *flags,
         "-O0",
         "-DGKT_WITH_CUDA=1",
+        # pybind11 lets a C++ type be bound once among modules with the same of these; gkt_fast._native binds them too.
+        '-DPYBIND11_STDLIB="_cuda_host"',
         *(f'-DGKT_BUILD_{name}="{value}"' for name, value in build_info.items()),
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_path('include')}",
