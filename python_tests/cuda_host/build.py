@@ -251,7 +251,10 @@ def _compile_all(sources: Sequence[Path], define: Sequence[str] = ()) -> list[Pa
 
 def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     flags = [*_flags(source), *(f"-D{name}" for name in define)]
-    target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
+    beside = [path.read_bytes() for path in sorted(source.parent.glob("*.*h"))]
+    target = (
+        cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes(), *beside)}.o"
+    )
     if not target.exists() and source.suffix == ".cu":
         assembly = target.with_suffix(f".{os.getpid()}.s")
         run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
