@@ -16,6 +16,26 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def setting(name: str, default: str, choices: tuple[str, ...]) -> str:
+    """A choice from the environment; ends the build with a message when it is none of the choices."""
+    value = os.environ.get(name, default)
+    if value not in choices:
+        sys.exit(f"gkt_fast: {name} is {value!r}; it must be {', '.join(choices[:-1])} or {choices[-1]}")
+    return value
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Runs CMake; its own output says what went wrong."""
+    try:
+        subprocess.run(command, cwd=folder, check=True)
+    except FileNotFoundError:
+        sys.exit(f"gkt_fast: {command[0]} was not found; GKT_NATIVE=0 installs without the native module")
+    except subprocess.CalledProcessError:
+        sys.exit(
+            "gkt_fast: the native module could not be built (see above); GKT_NATIVE=0 installs without it"
+        )
+
+
 class CMakeExtension(Extension):
     def __init__(self, name: str) -> None:
         super().__init__(name, sources=[])
@@ -37,17 +57,16 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DGKT_CUDA={os.environ.get('GKT_CUDA', 'auto')}",
+            f"-DGKT_CUDA={cuda}",
         ]
         if "GKT_CUDA_ARCHS" in os.environ:
             configure.append(f"-DGKT_CUDA_ARCHS={os.environ['GKT_CUDA_ARCHS']}")
-        subprocess.run(configure, cwd=build_dir, check=True)
-        subprocess.run(["cmake", "--build", "."], cwd=build_dir, check=True)
+        run(configure, build_dir)
+        run(["cmake", "--build", "."], build_dir)
 
 
-native = os.environ.get("GKT_NATIVE", "1")
-if native not in ("0", "1"):
-    sys.exit(f"GKT_NATIVE must be 0 or 1, not {native!r}")
+native = setting("GKT_NATIVE", "1", ("0", "1"))
+cuda = setting("GKT_CUDA", "auto", ("auto", "0", "1"))
 
 setup(
     ext_modules=[CMakeExtension("gkt_fast._native")] if native == "1" else [],

@@ -79,7 +79,12 @@ def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: in
 def environment() -> dict[str, object]:
     """The columns that say where a row was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": _commit()}
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
 
 
 def _processor() -> str:
@@ -92,7 +97,10 @@ def _processor() -> str:
 
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

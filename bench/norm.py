@@ -123,7 +123,15 @@ def main() -> None:
     table = rows(device, getattr(torch, arguments.dtype), names, arguments.repeats)
     print_table(
         table,
-        ["shape", "provider", "ms", "speedup_over_eager", "speedup_over_compile", "times_floor", "copy_gb_per_s"],
+        [
+            "shape",
+            "provider",
+            "ms",
+            "speedup_over_eager",
+            "speedup_over_compile",
+            "times_floor",
+            "copy_gb_per_s",
+        ],
     )
     name = "norm" if arguments.dtype == "float32" else f"norm_{arguments.dtype}"
     write_csv(RESULTS / f"{name}.csv", table)

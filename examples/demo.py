@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gkt_fast import GKTConfig, GKTTrainer
+from gkt_fast import GKTConfig, GKTTrainer, Subnet
 from gkt_fast.data import Data, digits
 from gkt_fast.models import cifar_resnet
 
@@ -37,13 +37,17 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depth", type=int, default=20, help="6n + 2 layers")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("demo"))
     args = parser.parse_args()
+    if args.train_images < args.batch_size:
+        parser.error(
+            f"--train-images is {args.train_images}; it must be at least --batch-size ({args.batch_size})"
+        )
     torch.set_num_threads(1)  # the layers are too small to share
     args.output.mkdir(parents=True, exist_ok=True)
     data = digits(args.train_images)
@@ -54,8 +58,9 @@ def main() -> None:
             trainer, _ = train(config, seed, data, args)
             records += evaluate(trainer, data, method, seed)
     ratios = step_ratios(data, args)
-    table = summarize(records, ratios)
-    print_table(table, args, data)
+    shown = shown_depths(args.depth)
+    table = summarize(records, ratios, shown)
+    print_table(table, args, data, shown)
     print(f"{time.perf_counter() - started:.0f} seconds on {torch.get_num_threads()} threads")
     write_csv(args.output / "demo.csv", table)
     write_csv(args.output / "subnets.csv", records)
@@ -116,8 +121,6 @@ def evaluate(trainer: GKTTrainer, data: Data, method: str, seed: int) -> list[di
 
 def subnet_flops(trainer: GKTTrainer, depths: tuple[int, ...]) -> int:
     """Floating point operations of a subnet's forward pass for one image."""
-    from gkt_fast import Subnet
-
     dropped = Subnet.ordered(depths, trainer.gkt.stages).dropped(trainer.gkt.stages)
     return sum(layer.flops for layer in trainer.gkt.layers() if layer.path not in dropped)
 
@@ -136,45 +139,49 @@ def step_ratios(data: Data, args: argparse.Namespace, repeats: int = 40) -> dict
             trainer.step(images, targets)
             if repeat >= 3:
                 seconds[key].append(time.perf_counter() - start)
-    plain = statistics.median(seconds["plain", "shared"])
+    plain = statistics.fmean(seconds["plain", "shared"])
     return {key: statistics.fmean(values) / plain for key, values in seconds.items()}
 
 
+def shown_depths(depth: int) -> list[str]:
+    """The networks in the table: the full one, two thirds of the blocks, one block per stage."""
+    blocks = (depth - 2) // 6
+    return ["-".join([str(kept)] * 3) for kept in sorted({blocks, max(1, 2 * blocks // 3), 1}, reverse=True)]
+
+
 def summarize(
-    records: list[dict[str, object]], ratios: dict[tuple[str, str], float]
+    records: list[dict[str, object]], ratios: dict[tuple[str, str], float], shown: list[str]
 ) -> list[dict[str, object]]:
-    """One row per method."""
-    deepest = max(records, key=lambda record: record["mflops"])["depths"]
-    columns = {"full": deepest, "2-2-2": "2-2-2", "1-1-1": "1-1-1"}
+    """One row per method; for each of the depths `shown` the mean and spread over the seeds."""
     table = []
     for method in METHODS:
         row: dict[str, object] = {"method": method}
-        for name, depths in columns.items():
+        for depths in shown:
             values = [r["accuracy"] for r in records if r["method"] == method and r["depths"] == depths]
-            row[f"{name} mean"] = statistics.fmean(values)
-            row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[f"{depths} mean"] = statistics.fmean(values)
+            row[f"{depths} std"] = statistics.stdev(values) if len(values) > 1 else 0.0
         row["step shared"] = ratios[method, "shared"]
         row["step sequential"] = ratios.get((method, "sequential"), ratios[method, "shared"])
         table.append(row)
     return table
 
 
-def print_table(table: list[dict[str, object]], args: argparse.Namespace, data: Data) -> None:
+def print_table(
+    table: list[dict[str, object]], args: argparse.Namespace, data: Data, shown: list[str]
+) -> None:
     """The result, as measured."""
     print(
         f"\nTest accuracy in %, {args.seeds} seeds (mean +- standard deviation), {len(data.test)} test images, "
-        f"{args.train_images} training images,\n{args.epochs} epochs, ResNet-{args.depth}; step time in plain steps\n"
+        f"{args.train_images} training images,\n{args.epochs} epochs, ResNet-{args.depth} and its subnets by depths; "
+        "step time in plain steps\n"
     )
-    print(
-        f"{'method':22}{'full network':>16}{'depths 2-2-2':>16}{'depths 1-1-1':>16}{'shared':>9}{'one by one':>12}"
-    )
+    print(f"{'method':22}{''.join(depths.rjust(16) for depths in shown)}{'shared':>9}{'one by one':>12}")
     for row in table:
         cells = "".join(
-            f"{row[f'{name} mean']:9.2f} +- {row[f'{name} std']:.2f}"[-16:].rjust(16)
-            for name in ("full", "2-2-2", "1-1-1")
+            f"{row[f'{depths} mean']:.2f} +- {row[f'{depths} std']:.2f}".rjust(16) for depths in shown
         )
         print(f"{row['method']:22}{cells}{row['step shared']:9.2f}{row['step sequential']:12.2f}")
-    gain = table[-1]["full mean"] - table[0]["full mean"]
+    gain = table[-1][f"{shown[0]} mean"] - table[0][f"{shown[0]} mean"]
     print(f"\nGKT against plain training, full network: {gain:+.2f} points\n")
 
 

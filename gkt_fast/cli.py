@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import math
 import platform
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from . import models
 from .checkpoint import CheckpointError
 from .config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
 from .data import Data, load_data
-from .ops import build_info, explain
+from .ops import BackendError, build_info, explain
 from .sampling import SAMPLERS
+from .subnet import Subnet
 from .trainer import AMP_DTYPES, GKTTrainer, NonFiniteLossError
 
 __all__ = ["main"]
@@ -33,12 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="versions, devices, build flags and backends")
     env.set_defaults(run=print_environment)
-    _add_train(commands.add_parser("train", help="train a network", argument_default=None))
+    _add_train(commands.add_parser("train", help="train a network", allow_abbrev=False))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = parser.parse_args(_with_config_file(arguments))
         args.run(args)
-    except (CheckpointError, NonFiniteLossError, ValueError, TypeError, FileNotFoundError) as error:
+    except (
+        BackendError,
+        CheckpointError,
+        ImportError,
+        NonFiniteLossError,
+        OSError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:
         print(f"gkt-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -79,6 +91,7 @@ def train(args: argparse.Namespace) -> None:
         amp=args.amp_dtype if args.amp else None,
         channels_last=args.channels_last,
     )
+    subnets = [_evaluated_subnet(depths, trainer) for depths in args.evaluate_depths or ()]
     train_loader, val_loader = _loaders(args, data)
     output = (
         None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.sampler}")
@@ -94,9 +107,9 @@ def train(args: argparse.Namespace) -> None:
     )
     result = trainer.evaluate(val_loader)
     print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
-    for depths in args.evaluate_depths or ():
-        subnet = trainer.evaluate(val_loader, depths, calibration_loader=train_loader)
-        print(f"Test of depths {'-'.join(map(str, depths))}: accuracy {100 * subnet.accuracy:.2f} %")
+    for subnet in subnets:
+        result = trainer.evaluate(val_loader, subnet, calibration_loader=train_loader)
+        print(f"Test of depths {subnet}: accuracy {100 * result.accuracy:.2f} %")
     if output is not None:
         print(f"Written to {output}")
 
@@ -105,7 +118,7 @@ def build_model(name: str, data: Data) -> nn.Module:
     """A network for the data by name: cifar_resnetN, a torchvision classifier, or timm:NAME.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: there is no such network, or it takes other images.
     """
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
         depth = int(name.removeprefix("cifar_resnet"))
@@ -113,12 +126,18 @@ def build_model(name: str, data: Data) -> nn.Module:
     if name.startswith("timm:"):
         import timm
 
+        if not timm.is_model(name[5:]):
+            raise ValueError(f"model is {name!r}; timm has no network of that name")
         return timm.create_model(name[5:], num_classes=data.num_classes, in_chans=data.in_channels)
     import torchvision
 
     if name not in torchvision.models.list_models(torchvision.models):
         raise ValueError(
             f"model is {name!r}; it must be cifar_resnetN, one of torchvision's classifiers, or timm:NAME"
+        )
+    if data.in_channels != 3:
+        raise ValueError(
+            f"model is {name!r}, which takes images of 3 channels; these have {data.in_channels}"
         )
     return torchvision.models.get_model(name, num_classes=data.num_classes)
 
@@ -128,26 +147,27 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-c", "--config", type=Path, metavar="YAML", help="file with flags' names (underscores) and values")
     add("--data", default="digits", help="digits, imagefolder:PATH or cifar10:PATH")
-    add("--train-images", type=int, help="digits: number of training images")
-    add("--image-size", type=int, default=32, help="imagefolder: height and width")
+    add("--train-images", type=_integer(1), help="digits: number of training images")
+    add("--image-size", type=_integer(1), default=32, help="imagefolder: height and width")
     add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
-    add("-b", "--batch-size", type=int, default=128)
-    add("-j", "--workers", type=int, default=0)
-    add("--epochs", type=int, default=20)
+    add("-b", "--batch-size", type=_integer(1), default=128)
+    add("-j", "--workers", type=_integer(0), default=0)
+    add("--epochs", type=_integer(0), default=20)
     add("--opt", choices=["sgd", "adamw"], default="sgd")
-    add("--lr", type=float, default=0.1)
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=5e-4)
+    add("--lr", type=_number(0), default=0.1)
+    add("--momentum", type=_number(0), default=0.9)
+    add("--weight-decay", type=_number(0), default=5e-4)
     add("--sched", choices=["cosine", "none"], default="cosine")
-    add("--warmup-epochs", type=int, default=0)
-    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--warmup-epochs", type=_integer(0), default=0)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=default_device, help="default: cuda if there is a GPU, else cpu")
     add("--amp", action=argparse.BooleanOptionalAction, default=False)
     add("--amp-dtype", choices=[*AMP_DTYPES], default="bf16")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
     add("--output", type=Path, help="folder for runs; nothing is written without it")
     add("--experiment", help="name of the run's folder")
     add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
-    add("--log-interval", type=int, default=50)
+    add("--log-interval", type=_integer(1), default=50)
     add("--evaluate-depths", type=_depths, nargs="+", metavar="D-D-D", help="subnets to evaluate at the end")
     _add_config(parser.add_argument_group("GKT (see gkt_fast.GKTConfig)"))
 
@@ -155,13 +175,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_config(group: argparse._ArgumentGroup) -> None:
     """One flag for every field of GKTConfig, of the same name."""
     choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
+    kinds = {"int": int, "float": float, "str": str}
     special = {"min_depth": _min_depth, "subnets": _subnets}
     for field in dataclasses.fields(GKTConfig):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         else:
-            kind = special.get(field.name) or type(field.default)
+            kind = special.get(field.name) or kinds[field.type.partition(" ")[0]]  # "float | None" is float
             group.add_argument(flag, type=kind, default=field.default, choices=choices.get(field.name))
 
 
@@ -172,16 +193,19 @@ def _with_config_file(arguments: list[str]) -> list[str]:
     path = finder.parse_known_args(arguments)[0].config
     if path is None or arguments[:1] != ["train"]:
         return arguments
-    values = yaml.safe_load(path.read_text()) or {}
+    with open(path) as file:
+        values = yaml.safe_load(file) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of flags to values")
     flags: list[str] = []
     for name, value in values.items():
-        flag = name.replace("_", "-")
+        flag = str(name).replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif flag == "evaluate-depths" and isinstance(value, list):
+            flags += [f"--{flag}", *map(_flag_value, value)]
         elif value is not None:
-            flags += [f"--{flag}={_flag_value(value)}"]
+            flags.append(f"--{flag}={_flag_value(value)}")
     return ["train", *flags, *arguments[1:]]
 
 
@@ -191,8 +215,47 @@ def _flag_value(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _integer(least: int) -> Callable[[str], int]:
+    """Parses an integer that is not below `least`."""
+
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _number(least: float) -> Callable[[str], float]:
+    """Parses a finite number that is not below `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least {least}")
+        return value
+
+    return parse
+
+
+def _device(text: str) -> str:
+    """Checks that tensors can be made on the device."""
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} can't be used: {reason}") from error
+    return text
+
+
 def _depths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("-"))
+    parts = text.split("-")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers joined by '-', one for each stage")
+    return tuple(map(int, parts))
 
 
 def _min_depth(text: str) -> int | tuple[int, ...]:
@@ -204,9 +267,15 @@ def _subnets(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(_depths(part) for part in text.split(","))
 
 
+def _evaluated_subnet(depths: tuple[int, ...], trainer: GKTTrainer) -> Subnet:
+    """Before training, so that a slip doesn't show up only after it."""
+    try:
+        return Subnet.ordered(depths, trainer.gkt.stages)
+    except ValueError as error:
+        raise ValueError(f"evaluate_depths: {error}") from error
+
+
 def _optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(args.device)
     if args.opt == "adamw":
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -230,10 +299,19 @@ def _scheduler(
 
 
 def _loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader]:
-    options = {"num_workers": args.workers, "pin_memory": args.device.startswith("cuda")}
+    options = {
+        "num_workers": args.workers,
+        "pin_memory": args.device.startswith("cuda"),
+        "worker_init_fn": _ignore_interrupt,
+    }
     size = min(args.batch_size, len(data.train))  # type: ignore[arg-type]
     train_loader = DataLoader(data.train, size, shuffle=True, drop_last=True, **options)
     return train_loader, DataLoader(data.test, max(size, 256), **options)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig"]
 
-EXECUTIONS = ("auto", "sequential", "shared", "lean")
+EXECUTIONS = ("auto", "sequential", "shared", "stacked", "lean")
 BATCH_NORM_POLICIES = ("full", "sequential")
 
 
@@ -36,9 +36,14 @@ class GKTConfig:
         sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.sampling).
         drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
+        budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
+            raised as far as needed (gkt_fast.budget). None: no limit.
         batch_norm: `full`: only the full network updates running statistics. `sequential`: every stream does, in order.
-        execution: `shared` runs every distinct activation once, `sequential` one stream after another,
-            `auto` chooses (gkt_fast.execution).
+        execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
+            with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;
+            `auto` chooses (gkt_fast.execution.choice).
+        fuse_blocks: whether the model's residual blocks run as fused kernels where they can
+            (`gkt_fast.fuse_blocks`): the same numbers up to rounding. Plain training (groups=0) is never fused.
         label_smoothing: of the cross entropy, in [0, 1].
         ignore_index: class index that marks rows without a label.
         distill_ignored: whether rows without a label are distilled.
@@ -62,8 +67,10 @@ class GKTConfig:
     sampler: str = "inherit_decay"
     drop_rate: float = 0.5
     subnets: tuple[tuple[int, ...], ...] | None = None
+    budget: float | None = None
     batch_norm: str = "full"
     execution: str = "auto"
+    fuse_blocks: bool = True
     label_smoothing: float = 0.0
     ignore_index: int = -100
     distill_ignored: bool = True
@@ -77,9 +84,11 @@ class GKTConfig:
         _check_number("temperature", self.temperature, 0.0, math.inf, open_low=True)
         _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
         _check_number("drop_rate", self.drop_rate, 0.0, 1.0, open_high=True)
+        if self.budget is not None:
+            _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
             _check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("normalize_logits", "distill_ignored"):
+        for name in ("normalize_logits", "distill_ignored", "fuse_blocks"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.sampler, str):
@@ -99,7 +108,7 @@ class GKTConfig:
             return
         if not _is_sequence(self.subnets) or not all(map(_is_sequence, self.subnets)):
             raise TypeError(
-                f"subnets is {self.subnets!r}; it must be a sequence of depths, each with one number per stage"
+                f"subnets is {self.subnets!r}; it must be a sequence of depths, one number per stage each"
             )
         subnets = tuple(_depths("subnets", tuple(depths)) for depths in self.subnets)
         if len(subnets) not in (self.groups, self.groups * self.loops):

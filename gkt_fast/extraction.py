@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .execution.interception import find_sites, intercept
 from .execution.states import skip_block
+from .fusion import unfuse_blocks
 from .models.discovery import find_stages
 from .subnet import Stage, Subnet
 
@@ -51,7 +52,7 @@ def extract_subnet(
 
     Blocks in an `nn.Sequential` or `nn.ModuleList` are removed and the following ones renumbered; elsewhere an
     `nn.Identity` takes a dropped block's place. BatchNorm statistics are copied as they are: those of a subnet differ,
-    see `recalibrate_batch_norm`.
+    see `recalibrate_batch_norm`. Fused blocks get their own class back: the copy needs nothing of this package.
 
     Args:
         model: the network.
@@ -64,6 +65,7 @@ def extract_subnet(
     stages = find_stages(model) if stages is None else stages
     dropped = _as_subnet(depths, stages).dropped(stages)
     extracted = copy.deepcopy(model)
+    unfuse_blocks(extracted)
     for path in sorted(dropped, key=_natural, reverse=True):
         parent_path, _, name = path.rpartition(".")
         parent = extracted.get_submodule(parent_path)

@@ -33,7 +33,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     statistics, SyncBatchNorm, a hook on a BatchNorm or ReLU, a subclass, a forward of its own. Results are the
     same up to rounding.
 
-    torch.jit.script and torch.fx want unfused blocks: call `unfuse_blocks` before.
+    torch.jit.script wants unfused blocks: call `unfuse_blocks` before.
 
     Returns:
         The module paths of the fused blocks.
@@ -129,7 +129,8 @@ class FusedBlock:
     def forward(self, x: Tensor) -> Tensor:
         form = self._form
         if (
-            x.dtype not in DTYPES
+            not isinstance(x, Tensor)  # torch.fx traces the block's own forward
+            or x.dtype not in DTYPES
             or x.device.type not in ("cpu", "cuda")
             or torch_module._has_any_global_hook()
             or _reason_against(self, form) is not None
@@ -206,12 +207,13 @@ def _reason_against_shortcut(shortcut: nn.Module | None) -> str | None:
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.running_mean is not None and not _is_hooked(module)
+    """`__class__`, since a stand-in of the stacked execution looks like the layer that it stands for."""
+    return module.__class__ is nn.BatchNorm2d and module.running_mean is not None and not _is_hooked(module)
 
 
 def _is_batch_norm_relu(module: nn.Module) -> bool:
     """timm's BatchNorm that carries an activation, with ReLU and without dropping."""
-    kind = type(module)
+    kind = module.__class__
     return (
         kind.__name__ == "BatchNormAct2d"
         and kind.__module__ == "timm.layers.norm_act"

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .budget import expected_cost, solve_min_depth
 from .config import GKTConfig
-from .execution import EXECUTION_MODES, Network, StepResult, Streams, choose_execution
+from .execution import (
+    EXECUTION_MODES,
+    Choice,
+    Network,
+    StackingError,
+    StepResult,
+    Streams,
+    choose_execution,
+    run_plain,
+)
 from .execution.interception import find_sites
-from .flops import count_layers
+from .flops import count_layers, one_sample, same_form
+from .fusion import fuse_blocks
 from .models.discovery import find_stages, stages_from_paths
 from .plan import Cost, Layer, make_plan
 from .sampling import minimum_depths, sample_subnets
 from .subnet import Subnet
 
 __all__ = ["GKT", "GKTOutput"]
+
+logger = logging.getLogger("gkt_fast")
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class GKT(nn.Module):
             with `.logits`, or a dict with "logits" or "out".
         config: the hyper-parameters.
         stages: the stages, where they aren't found by themselves: for each the module path of its container, or the
-            module paths of its blocks in order.
+            module paths of its blocks in order (see `stages_from_paths`).
 
     Raises:
         ValueError: the model has no residual blocks, or config doesn't fit its stages.
@@ -73,16 +85,38 @@ class GKT(nn.Module):
         self.stages = find_stages(model) if stages is None else stages_from_paths(model, stages)
         minimum_depths(self.stages, config)
         sample_subnets(self.stages, config, step=0)
+        if config.fuse_blocks and config.groups:
+            fuse_blocks(model)
         self.next_step = 0
         self._sites = find_sites(model, self.stages)
         self._writes_input: dict[str, bool] = {}
         self._returns: dict[str, int] = {}
         self._example: tuple[Any, ...] | None = None
         self._layers: list[Layer] | None = None
+        self._within_budget: GKTConfig | None = None
+        self._refused_stacking: str | None = None
+        self._last_choice: Choice | None = None
 
     def sample(self, step: int) -> list[Subnet]:
-        """The subnets of a step, S - 1 of them, in the order of their streams; the same in every process."""
-        return sample_subnets(self.stages, self.config, step)
+        """The subnets of a step, S - 1 of them, in the order of their streams; the same in every process.
+
+        Raises:
+            ValueError: there is a budget, and the model has not been called yet (see `layers`).
+        """
+        return sample_subnets(self.stages, self.sampling_config(), step)
+
+    def sampling_config(self) -> GKTConfig:
+        """The configuration by which subnets are drawn: with a budget, min_depth as solved for it.
+
+        Raises:
+            ValueError: the budget can't be met, or the costs of the blocks are not known yet.
+        """
+        if self.config.budget is None:
+            return self.config
+        if self._within_budget is None:
+            min_depth = solve_min_depth(self.stages, self.layers(), self.config)
+            self._within_budget = self.config.replace(min_depth=min_depth, budget=None)
+        return self._within_budget
 
     def forward(
         self,
@@ -103,47 +137,86 @@ class GKT(nn.Module):
                 so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
 
         Raises:
-            ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`).
+            ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
+                integer, or the model returns no logits.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if targets is None:
             return self.model(*inputs)
         if step is None:
             step = self.next_step
-        if self.training:
-            self.next_step = step + 1
         self._remember(inputs)
         subnets = self.sample(step)
-        result = (
-            self._run(inputs, targets, subnets, loss_scale) if subnets else self._run_plain(inputs, targets)
-        )
+        dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
+        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
+        streams = Streams(dropped, self.config)
+        run = self._run if subnets else run_plain
+        result = run(network, inputs, targets, streams, loss_scale)
+        if self.training:
+            self.next_step = step + 1
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
 
     def _run(
         self,
+        network: Network,
         inputs: tuple[Any, ...],
         targets: Tensor,
-        subnets: list[Subnet],
+        streams: Streams,
         loss_scale: float | Tensor | None,
     ) -> StepResult:
-        dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
-        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
-        mode = choose_execution(self.config.execution)
-        return EXECUTION_MODES[mode](network, inputs, targets, Streams(dropped, self.config), loss_scale)
+        """Runs the chosen mode; with `auto`, a model that turns out not to be stackable is run again as shared."""
+        mode = self._choice().mode
+        try:
+            return EXECUTION_MODES[mode](network, inputs, targets, streams, loss_scale)
+        except StackingError as error:
+            if self.config.execution != "auto":
+                raise
+            self._refused_stacking = str(error)
+        return EXECUTION_MODES[self._choice().mode](network, inputs, targets, streams, loss_scale)
 
-    def _run_plain(self, inputs: tuple[Any, ...], targets: Tensor) -> StepResult:
-        """Plain training, bit for bit: groups=0."""
-        from .execution.states import logits_of
+    def _choice(self) -> Choice:
+        choice = choose_execution(self.config.execution, self.model, self._refused_stacking)
+        if choice != self._last_choice and self.config.execution == "auto" and choice.mode != "stacked":
+            logger.info("execution='auto' runs %r: %s", choice.mode, choice.reason)
+        self._last_choice = choice
+        return choice
 
-        logits = logits_of(self.model(*inputs))
-        ce = F.cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.config.ignore_index,
-            label_smoothing=self.config.label_smoothing,
+    def explain(self, step: int = 0) -> str:
+        """The plan of a step as text: subnets, states per layer, cost, activations kept for backward, chosen mode.
+
+        Raises:
+            ValueError: the model has not been called yet (see `layers`).
+        """
+        subnets = self.sample(step)
+        dropped = [frozenset(), *(subnet.dropped(self.stages) for subnet in subnets)]
+        plan = make_plan(self.layers(), dropped)
+        cost, memory = plan.cost(), plan.memory()
+        lines = [
+            f"{type(self.model).__name__}, step {step}: {len(subnets)} subnets {', '.join(map(str, subnets))}"
+        ]
+        lines += [f"{'layer':40}{'states':>8}{'MFLOPs':>12}{'saved KiB':>12}"]
+        for layer, states in zip(plan.layers, plan.states_per_layer(), strict=True):
+            kibibytes = layer.saved_bytes / 1024
+            lines.append(f"{layer.path:40}{states:8}{layer.flops / 1e6:12.2f}{kibibytes:12.1f}")
+        lines.append(
+            f"forward FLOPs per sample: plain {cost.plain:.4g}, one by one {cost.sequential_ratio:.2f} x, "
+            f"shared {cost.shared_ratio:.2f} x (expected {self.expected_cost():.2f} x)"
         )
-        loss = ce if self.config.ce_weight == 1.0 else self.config.ce_weight * ce
-        return StepResult(loss, ce.detach().reshape(1), logits.detach())
+        lines.append(
+            f"predicted activations kept for backward, per sample: plain {memory.plain / 2**20:.2f} MiB, "
+            f"shared and stacked {memory.shared / 2**20:.2f} MiB, lean {memory.lean / 2**20:.2f} MiB"
+        )
+        choice = self._choice()
+        lines.append(f"execution: {choice.mode} ({choice.reason})")
+        return "\n".join(lines)
+
+    def expected_cost(self) -> float:
+        """Expected cost of a shared step, in plain steps (gkt_fast.budget).
+
+        Raises:
+            ValueError: the model has not been called yet (see `layers`).
+        """
+        return expected_cost(self.stages, self.layers(), self.sampling_config())
 
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.
@@ -163,9 +236,7 @@ class GKT(nn.Module):
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""
         if inputs is not None:
-            self._example = None
             self._remember(inputs if isinstance(inputs, tuple) else (inputs,))
-            self._layers = None
         if self._example is None:
             raise ValueError(
                 "inputs is None and the model has not been called yet; pass an example of its input"
@@ -175,12 +246,10 @@ class GKT(nn.Module):
         return self._layers
 
     def _remember(self, inputs: tuple[Any, ...]) -> None:
-        """Keeps the form of one sample, without its values."""
-        if self._example is None:
-            self._example = tuple(
-                torch.zeros_like(value[:1], requires_grad=False) if isinstance(value, Tensor) else value
-                for value in inputs
-            )
+        """Keeps the form of one sample, without its values; another form is counted anew."""
+        example = one_sample(inputs)
+        if self._example is None or not same_form(example, self._example):
+            self._example, self._layers = example, None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""
@@ -188,6 +257,7 @@ class GKT(nn.Module):
             "next_step": self.next_step,
             "writes_input": dict(self._writes_input),
             "returns": dict(self._returns),
+            "min_depth": None if self._within_budget is None else self._within_budget.min_depth,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -195,6 +265,8 @@ class GKT(nn.Module):
         self.next_step = int(state["next_step"])
         self._writes_input = dict(state["writes_input"])
         self._returns = dict(state["returns"])
+        if self.config.budget is not None and state["min_depth"] is not None:
+            self._within_budget = self.config.replace(min_depth=state["min_depth"], budget=None)
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)

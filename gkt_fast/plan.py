@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Cost", "Layer", "Plan", "make_plan"]
+__all__ = ["Cost", "Layer", "Memory", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Layer:
         path: module path.
         is_block: whether subnets may drop it.
         flops: floating point operations of one sample's forward pass.
+        saved_bytes: activations that autograd keeps of it for the backward pass, for one sample.
     """
 
     path: str
     is_block: bool
     flops: int
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ class Cost:
     def shared_ratio(self) -> float:
         """Cost of shared execution, in plain steps."""
         return self.shared / self.plain
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of activations kept for the backward pass, for one sample.
+
+    Args:
+        plain: the full network alone, and at any time of streams run one by one.
+        shared: every state, all at once.
+        lean: the most at any time when streams run depth-first: the states on one stream's path.
+    """
+
+    plain: int
+    shared: int
+    lean: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,15 @@ class Plan:
             plain=sum(flops),
             sequential=sum(flops[self.layer_of[state]] for path in self.paths for state in path),
             shared=sum(flops[layer] for layer in self.layer_of[1:]),
+        )
+
+    def memory(self) -> Memory:
+        """Plain, shared (and stacked), lean."""
+        saved = [layer.saved_bytes for layer in self.layers]
+        return Memory(
+            plain=sum(saved),
+            shared=sum(saved[layer] for layer in self.layer_of[1:]),
+            lean=max(sum(saved[self.layer_of[state]] for state in path) for path in self.paths),
         )
 
 

@@ -10,6 +10,12 @@ import yaml
 
 from gkt_fast import GKTConfig
 
+NUMBERS = (
+    "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
+    "label_smoothing",
+)  # fmt: skip
+BOOLEANS = ("normalize_logits", "distill_ignored")
+
 WRONG_VALUES = [
     ("groups", -1, "at least 0"),
     ("loops", 0, "at least 1"),
@@ -29,9 +35,7 @@ WRONG_VALUES = [
     ("label_smoothing", 1.5, r"in \[0, 1\]"),
     ("batch_norm", "none", "one of full, sequential"),
     ("execution", "fast", "one of auto, sequential, shared"),
-    *((name, math.nan, "must be in") for name in (
-        "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate", "label_smoothing"
-    )),
+    *((name, math.nan, "must be in") for name in NUMBERS),
 ]  # fmt: skip
 
 WRONG_TYPES = [
@@ -39,10 +43,8 @@ WRONG_TYPES = [
       for value in (1.0, "1", None, True)),
     ("min_depth", 1.5, "an integer"),
     ("min_depth", (1, "2"), "an integer"),
-    *((name, value, "a number") for name in (
-        "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate", "label_smoothing"
-    ) for value in ("0.5", None, True)),
-    *((name, value, "True or False") for name in ("normalize_logits", "distill_ignored") for value in (1, "yes")),
+    *((name, value, "a number") for name in NUMBERS for value in ("0.5", None, True)),
+    *((name, value, "True or False") for name in BOOLEANS for value in (1, "yes")),
     ("sampler", 3, "a string"),
     ("sampler", ["uniform"], "a string"),
 ]  # fmt: skip

@@ -48,10 +48,8 @@ def test_stages_are_drawn_independently():
     stages = [ONE[0], Stage(("a", "b", "c"), (True,) * 3)]
     pairs = Counter(sample_subnets(stages, config, step)[0].depths for step in range(20_000))
     cells = [(a, b) for a in range(1, 7) for b in range(1, 4)]
-    expected = [
-        20_000 * depth_probabilities(6, 1, 0.5)[a - 1] * depth_probabilities(3, 1, 0.5)[b - 1]
-        for a, b in cells
-    ]
+    first, second = depth_probabilities(6, 1, 0.5), depth_probabilities(3, 1, 0.5)
+    expected = [20_000 * first[a - 1] * second[b - 1] for a, b in cells]
     assert chisquare([pairs[cell] for cell in cells], expected).pvalue > 1e-3
 
 
@@ -181,15 +179,14 @@ def test_unknown_sampler():
 
 @pytest.mark.parametrize("step", [1.0, "1", None, True])
 def test_a_step_that_is_no_integer(step):
-    with pytest.raises(TypeError, match="step is .*; it must be an integer"):
+    with pytest.raises(TypeError, match=r"step is .*; it must be an integer"):
         sample_subnets(STAGES, GKTConfig(), step)
 
 
 def test_a_sampler_of_ones_own(monkeypatch):
     def halves(parent, stages, config, index, draw):
-        return Subnet.ordered(
-            [max(s.least_depth, d // 2) for d, s in zip(parent.depths, stages, strict=True)], stages
-        )
+        pairs = zip(parent.depths, stages, strict=True)
+        return Subnet.ordered([max(stage.least_depth, depth // 2) for depth, stage in pairs], stages)
 
     monkeypatch.setitem(SAMPLERS, "halves", halves)
     subnets = sample_subnets(STAGES, GKTConfig(groups=2, sampler="halves"), 0)

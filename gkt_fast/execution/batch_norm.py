@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ..norm import OnStatistics
+
 __all__ = [
     "BatchStatistics",
+    "StreamStatistics",
     "freeze_during_backward",
     "frozen_statistics",
     "record_statistics",
@@ -39,7 +42,7 @@ class BatchStatistics(NamedTuple):
 
 
 def tracking_layers(model: nn.Module) -> list[_NormBase]:
-    """The normalisation layers that update running statistics now: in training mode, with statistics to track.
+    """The normalisation layers that update running statistics now: in training mode, with some to track.
 
     Layers that a failed backward left frozen are put in order first.
     """
@@ -116,6 +119,34 @@ def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
         )
         for running, statistic in ((layer.running_mean, mean), (layer.running_var, variance)):
             running.mul_(1.0 - factor).add_(statistic * factor)
+
+
+class StreamStatistics:
+    """Gathers the statistics of stacked batches, and updates the running ones when all streams are through.
+
+    Args:
+        policy: "full" or "sequential".
+    """
+
+    def __init__(self, policy: str) -> None:
+        self._every_stream_counts = policy == "sequential"
+        self._updates: list[tuple[int, BatchStatistics]] = []
+
+    def receiver(self, streams: Sequence[Sequence[int]]) -> OnStatistics:
+        """For a call in which ghost batch i is the state of `streams[i]`."""
+
+        def receive(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
+            for i, members in enumerate(streams):
+                for stream in members:
+                    if stream == 0 or self._every_stream_counts:
+                        self._updates.append((stream, BatchStatistics(layer, mean[i], variance[i])))
+
+        return receive
+
+    def update(self) -> None:
+        """Updates the running statistics in the order of the streams."""
+        self._updates.sort(key=lambda update: update[0])
+        update_running_statistics(statistics for _, statistics in self._updates)
 
 
 def _freeze(layers: Iterable[_NormBase]) -> list[_NormBase]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..subnet import Stage
 
-__all__ = ["Call", "Site", "check_called", "find_sites", "intercept"]
+__all__ = ["Call", "Site", "check_called", "find_layers", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -48,7 +48,7 @@ class Site:
 
 
 def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
-    """The blocks, and every outermost module that neither is a block nor contains one (stem, transitions, head).
+    """The blocks, and every outermost module that is no block and contains none (stem, transitions, head).
 
     Raises:
         ValueError: two blocks are one place, because their container stands in the model twice.
@@ -77,8 +77,8 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
     hidden = sorted(blocks - {site.path for site in sites})
     if hidden:
         raise ValueError(
-            f"stages names {hidden[0]!r}, which is the same place as another block: its container stands in the model "
-            "twice. Build two containers that hold the same blocks"
+            f"stages names {hidden[0]!r}, which is the same place as another block: its container stands in "
+            "the model twice. Build two containers that hold the same blocks"
         )
     return sites
 
@@ -91,10 +91,31 @@ def check_called(sites: Iterable[Site], called: Container[str]) -> None:
     """
     blocks = [site.path for site in sites if site.is_block]
     if not any(path in called for path in blocks):
+        names = ", ".join([*map(repr, blocks[:3]), *(["..."] if len(blocks) > 3 else [])])
         raise ValueError(
-            f"stages names {', '.join(map(repr, blocks[:3]))}{', ...' if len(blocks) > 3 else ''}, but the model's "
-            "forward did not call any of them through its parent module, so that none can be dropped"
+            f"stages names {names}, but the model's forward did not call any of them through its parent "
+            "module, so that none can be dropped"
         )
+
+
+def find_layers(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
+    """Every place of a module of exactly one of the given classes, however deep."""
+    sites: list[Site] = []
+    seen: set[tuple[int, str]] = set()
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in module._modules.items():
+            if child is None or (id(module), name) in seen:
+                continue
+            seen.add((id(module), name))
+            child_path = f"{path}.{name}" if path else name
+            if type(child) in kinds:
+                sites.append(Site(len(sites), child_path, is_block=False))
+            else:
+                visit(child, child_path)
+
+    visit(model, "")
+    return sites
 
 
 class _StandIn:

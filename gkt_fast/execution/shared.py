@@ -18,7 +18,7 @@ from .batch_norm import (
 )
 from .interception import check_called, intercept
 from .states import States, logits_of
-from .step import Network, StepResult, Streams, knowledge_options
+from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["run_shared"]
 
@@ -51,15 +51,6 @@ def run_shared(
             states.close()
     for updates in states.stream_statistics:
         update_running_statistics(updates)
-    loss, terms = group_knowledge_loss(
-        torch.stack(logits),
-        targets,
-        groups=config.groups,
-        loops=config.loops,
-        ce_weight=config.ce_weight,
-        kd_weight=config.kd_weight,
-        subnet_ce_weight=config.subnet_ce_weight,
-        **knowledge_options(config),
-    )
+    loss, terms = group_knowledge_loss(torch.stack(logits), targets, **loss_options(config))
     freeze_during_backward(loss, layers)
     return StepResult(loss, terms, logits[0].detach())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .interception import Site
 
-__all__ = ["SharedStateError", "States", "logits_of", "skip_block"]
+__all__ = ["SharedStateError", "States", "logits_of", "run_watched", "skip_block"]
 
 
 class SharedStateError(RuntimeError):
@@ -108,39 +108,54 @@ class States:
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
-        # Before the first block, kept or dropped, streams don't part: modules of the stem may write into their inputs.
+        # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
         if self.past_stem:
-            output = self._execute_watched(site, module, args, kwargs)
+            output = run_watched(self.writes_input, site.path, module, args, kwargs)
         else:
             output = module(*args, **kwargs)
         if site.is_block:
             self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
         return _State(output, self.past_stem, self.statistics[before:])
 
-    def _execute_watched(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        writes = self.writes_input.get(site.path)
-        if writes is not False:
-            args, kwargs = _copy((args, kwargs))
-        inputs = tree_leaves((args, kwargs))
-        versions = _versions(inputs)
-        output = module(*args, **kwargs)
-        written = _versions(inputs) != versions
-        if writes is None:
-            self.writes_input[site.path] = written
-        elif written and not writes:
-            raise SharedStateError(
-                f"block {site.path!r} wrote into its input in place, which it did not do in the first step; "
-                "streams share that activation. Use execution='sequential'"
-            )
-        return output
+
+def run_watched(
+    writes_input: dict[str, bool], path: str, module: nn.Module, args: tuple, kwargs: dict
+) -> Any:
+    """Runs a layer whose input others read too: gives it a copy as long as it may write into its input.
+
+    Args:
+        writes_input: what is known of the layers by path; the first call adds to it.
+        path: the layer's path.
+        module: the layer.
+        args: positional arguments of the call.
+        kwargs: keyword arguments.
+
+    Raises:
+        SharedStateError: it wrote into its input although it did not in its first call.
+    """
+    writes = writes_input.get(path)
+    if writes is not False:
+        args, kwargs = _copy((args, kwargs))
+    inputs = tree_leaves((args, kwargs))
+    versions = _versions(inputs)
+    output = module(*args, **kwargs)
+    written = _versions(inputs) != versions
+    if writes is None:
+        writes_input[path] = written
+    elif written and not writes:
+        raise SharedStateError(
+            f"block {path!r} wrote into its input in place, which it did not do in the first step; "
+            "streams share that activation. Use execution='sequential'"
+        )
+    return output
 
 
 def _check_untouched(state: _State, where: str) -> None:
     if _versions(state.output) != state.versions:
         raise SharedStateError(
             f"the model changed an activation in place outside its blocks, {where} "
-            "(for example x += y, or an in-place activation outside any module); streams share that activation. "
-            "Use execution='sequential', or make that operation out of place"
+            "(for example x += y, or an in-place activation outside any module); streams share that "
+            "activation. Use execution='sequential', or make that operation out of place"
         )
 
 

@@ -12,7 +12,7 @@ from ..config import GKTConfig
 from ..plan import Layer
 from .interception import Site
 
-__all__ = ["Execution", "Network", "StepResult", "Streams"]
+__all__ = ["Execution", "Network", "StepResult", "Streams", "knowledge_options", "loss_options", "tensors_in"]
 
 
 @dataclass
@@ -74,6 +74,18 @@ def knowledge_options(config: GKTConfig) -> dict[str, Any]:
         "ignore_index": config.ignore_index,
         "label_smoothing": config.label_smoothing,
         "distill_ignored": config.distill_ignored,
+    }
+
+
+def loss_options(config: GKTConfig) -> dict[str, Any]:
+    """The options of `group_knowledge_loss`."""
+    return {
+        **knowledge_options(config),
+        "groups": config.groups,
+        "loops": config.loops,
+        "ce_weight": config.ce_weight,
+        "kd_weight": config.kd_weight,
+        "subnet_ce_weight": config.subnet_ce_weight,
     }
 
 

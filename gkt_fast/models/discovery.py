@@ -62,14 +62,18 @@ def find_stages(model: nn.Module) -> list[Stage]:
 def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -> list[Stage]:
     """Stages named by hand.
 
+    A block whose forward can't be traced is taken at the caller's word: it can be dropped, so leave out one
+    that changes shape.
+
     Args:
         model: the network.
         stages: for every stage the module path of its container, or the module paths of its blocks in order.
 
     Raises:
-        ValueError: a path doesn't exist, or nothing named can be dropped.
+        ValueError: a path doesn't exist, is named twice or lies within another, or no block can be dropped.
+        TypeError: an entry is neither a path nor a sequence of paths.
     """
-    if isinstance(stages, str) or not stages:
+    if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
         raise ValueError(f"stages is {stages!r}; it must be a sequence with one entry per stage")
     found = []
     for entry in stages:
@@ -80,10 +84,15 @@ def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -
                     f"stages names {entry!r} ({type(container).__name__}), which holds no blocks"
                 )
             paths = [f"{entry}.{name}" for name in container._modules]
-        else:
+        elif isinstance(entry, Sequence) and all(isinstance(path, str) for path in entry):
             paths = list(entry)
-        blocks = [_submodule(model, path) for path in paths]
-        found.append(Stage(tuple(paths), tuple(map(is_residual, blocks))))
+        else:
+            raise TypeError(f"stages has the entry {entry!r}; it must be a module path or a sequence of them")
+        if not paths:
+            raise ValueError("stages has an entry without blocks; it must name at least one")
+        droppable = [_has_skip_connection(_submodule(model, path)) is not False for path in paths]
+        found.append(Stage(tuple(paths), tuple(droppable)))
+    _check_distinct([path for stage in found for path in stage.blocks])
     if not any(any(stage.droppable) for stage in found):
         names = sorted({type(_submodule(model, path)).__name__ for stage in found for path in stage.blocks})
         raise ValueError(
@@ -94,14 +103,19 @@ def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -
 
 def is_residual(block: nn.Module) -> bool:
     """Whether the block's input reaches its output through additions alone, so that it can be dropped."""
+    return bool(_has_skip_connection(block))
+
+
+def _has_skip_connection(block: nn.Module) -> bool | None:
+    """`is_residual`, with None where the block's forward can't be traced."""
     if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or not block._modules:
         return False
     if not isinstance(type(block).forward, FunctionType):
-        return False
+        return None
     try:
         graph = _BlockTracer().trace(block)
     except Exception:  # fx raises whatever the traced code raises when it meets a proxy
-        return False
+        return None
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0]
@@ -195,6 +209,15 @@ def _split(run: list[tuple[str, nn.Module]]) -> Iterator[Stage]:
             stage = []
         stage.append((path, droppable))
     yield Stage(*zip(*stage, strict=True))
+
+
+def _check_distinct(paths: list[str]) -> None:
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(f"stages names {path!r} twice")
+        outer = next((other for other in paths if path.startswith(other + ".")), None)
+        if outer is not None:
+            raise ValueError(f"stages names {path!r}, which lies within {outer!r}, a block itself")
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

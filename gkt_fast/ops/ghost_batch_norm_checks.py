@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def check_arguments(
         raise ValueError(f"ghosts is {ghosts}; it must be at least 1 and divide the {x.shape[0]} rows of x")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be 'relu' or 'identity'")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps}; it must be finite and not negative")
     for name, vector in (
         ("weight", weight),

@@ -155,7 +155,9 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> Any:
         reason = _reason_against(op, backend, device, dtype)
         if reason is None:
             if rejected:
-                logger.info("%s on %s %s runs on %r; not on %s", op, device, dtype, backend, "; ".join(rejected))
+                logger.info(
+                    "%s on %s %s runs on %r; not on %s", op, device, dtype, backend, "; ".join(rejected)
+                )
             return _load(op, backend)[0]
         rejected.append(f"{backend} ({reason})")
     raise BackendError(f"no backend can run {op} on {device} tensors of {dtype}: {'; '.join(rejected)}")

@@ -1,0 +1,42 @@
+"""Which mode `execution="auto"` runs. The rule, in one place:
+
+1. `stacked` where the model's layers allow it: every state once, in the fewest calls.
+2. Otherwise `shared`: the same states, computed one by one.
+
+`lean` saves memory and `sequential` is the baseline; both are chosen by hand. A model that can't be stacked after all
+in its first step (blocks with several arguments, computations between blocks) falls back to `shared`. Every choice
+other than `stacked` is logged once, with its reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from .stacked import reason_against_stacking
+
+__all__ = ["Choice", "choose_execution"]
+
+
+class Choice(NamedTuple):
+    """A mode and why."""
+
+    mode: str
+    reason: str
+
+
+def choose_execution(requested: str, model: nn.Module, refused: str | None = None) -> Choice:
+    """The mode that runs.
+
+    Args:
+        requested: the configuration's `execution`.
+        model: the network.
+        refused: why an earlier step of this model couldn't be stacked; None: it could, or wasn't tried.
+    """
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    reason = refused or reason_against_stacking(model)
+    if reason is not None:
+        return Choice("shared", f"states can't be stacked: {reason}")
+    return Choice("stacked", "every state once, states that run the same layer as one batch")
