@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import multiprocessing
+import os
 import pkgutil
 import re
 import shutil
@@ -21,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from harness import RESULTS, print_table, write_csv
@@ -142,17 +145,40 @@ def compile_triton(configuration: tuple, architecture: int) -> object:
 
 
 def triton_rows(architectures: Sequence[int], ops: Sequence[str] | None = None) -> list[dict[str, object]]:
-    """A row per Triton configuration and architecture."""
+    """A row per Triton configuration and architecture, compiled by one process per core."""
+    count = sum(1 for _ in triton_configurations(ops))
+    workers = min(os.cpu_count() or 1, count)
+    if workers < 2:
+        return _triton_share(architectures, ops, 0, 1)
+    # Processes of their own: compilation holds the GIL, and torch's threads don't survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shares = pool.map(
+            _triton_share, *zip(*((architectures, ops, i, workers) for i in range(workers)), strict=True)
+        )
+        rows = [row for share in shares for row in share]
+    return sorted(rows, key=lambda row: (row["op"], row["kernel"], row["arch"]))
+
+
+def _triton_share(
+    architectures: Sequence[int], ops: Sequence[str] | None, first: int, step: int
+) -> list[dict[str, object]]:
     return [
         triton_row(op, configuration, architecture)
-        for op, configuration in triton_configurations(ops)
+        for op, configuration in itertools.islice(triton_configurations(ops), first, None, step)
         for architecture in architectures
     ]
 
 
 def triton_row(op: str, configuration: tuple, architecture: int) -> dict[str, object]:
-    """The row of one configuration of `aot_configurations()`."""
-    compiled = compile_triton(configuration, architecture)
+    """The row of one configuration of `aot_configurations()`.
+
+    Raises:
+        RuntimeError: Triton can't compile it.
+    """
+    try:
+        compiled = compile_triton(configuration, architecture)
+    except Exception as error:  # Triton's errors have no common class
+        raise RuntimeError(f"{op}, {configuration[0]}, sm_{architecture}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

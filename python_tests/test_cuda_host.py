@@ -195,6 +195,21 @@ def test_planted_bug_is_reported_and_its_twin_passes(planted, name):
                     call(planted, name, address(x), address(y), False)
 
 
+@pytest.mark.parametrize("removed", [0, 1])
+def test_every_barrier_of_block_reduce_is_needed(tmp_path, removed):
+    header = (build.ROOT / "kernels" / "cuda" / "common.cuh").read_text()
+    pieces = header.split("  __syncthreads();\n")
+    assert len(pieces) == 3
+    pieces[removed : removed + 2] = ["".join(pieces[removed : removed + 2])]
+    (tmp_path / "common.cuh").write_text("  __syncthreads();\n".join(pieces))
+    source = tmp_path / "reductions.cu"
+    source.write_text((KERNELS / "reductions.cu").read_text())
+    library = build.load_library(source)
+    x, statistics = torch.randn(1, 500), torch.empty(1, 6)
+    with pytest.raises(RuntimeError, match=r"race in kernel .* in shared memory 'sums', which"):
+        call(library, "block_statistics", address(x), 0, 1, ctypes.c_int64(500), 96, address(statistics))
+
+
 @pytest.mark.parametrize("columns", [31, 1003])
 def test_order_of_blocks_and_threads_changes_no_bit(reductions, columns):
     x = torch.randn(5, columns)
@@ -288,9 +303,12 @@ def test_compilation_error_has_the_compilers_message(tmp_path):
         build.load_library(source)
 
 
-def test_bindings_are_the_native_ones():
+def test_bindings_load_beside_the_native_ones():
+    native = pytest.importorskip("gkt_fast._native")
     module = build.native_module()
-    assert module.abi_version == 1
+    assert module is not native
+    assert module.abi_version == native.abi_version
+    assert {name for name in dir(native) if name.endswith("_cpu")} <= set(dir(module))
     assert module.build_info()["cuda"] == "host"
 
 

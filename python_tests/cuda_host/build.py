@@ -226,6 +226,8 @@ def _flags(source: Path) -> list[str]:
         *flags,
         "-O0",
         "-DGKT_WITH_CUDA=1",
+        # pybind11 lets a C++ type be bound once among modules with the same of these; gkt_fast._native binds them too.
+        '-DPYBIND11_STDLIB="_cuda_host"',
         *(f'-DGKT_BUILD_{name}="{value}"' for name, value in build_info.items()),
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_path('include')}",
@@ -249,7 +251,10 @@ def _compile_all(sources: Sequence[Path], define: Sequence[str] = ()) -> list[Pa
 
 def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     flags = [*_flags(source), *(f"-D{name}" for name in define)]
-    target = cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes())}.o"
+    beside = [path.read_bytes() for path in sorted(source.parent.glob("*.*h"))]
+    target = (
+        cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes(), *beside)}.o"
+    )
     if not target.exists() and source.suffix == ".cu":
         assembly = target.with_suffix(f".{os.getpid()}.s")
         run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
