@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -301,4 +303,14 @@ def _cpp() -> NativeBackend:
 
 
 register(Implementation("ghost_batch_norm", "cpp", ("cpu",), DTYPES, _cpp))
+def _triton() -> ModuleType:
+    from ..kernels.triton import ghost_batch_norm as kernels
+
+    return kernels
+
+
+# Triton's interpreter runs the kernels on CPU tensors.
+_TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+register(Implementation("ghost_batch_norm", "triton", _TRITON_DEVICES, DTYPES, _triton))
 register(Implementation("ghost_batch_norm", "torch", ("cpu", "cuda"), DTYPES, TorchBackend))
