@@ -33,6 +33,7 @@ struct gkt_ghost_batch_norm_params {
   const uint8_t* keep;  // (ghosts), null for all
   void* grad_weight;    // (channels)
   void* grad_bias;      // (channels)
+  void* workspace;  // CUDA: gkt_ghost_batch_norm_workspace_cuda() elements of the statistics' dtype
   int64_t ghosts, ghost_rows, channels, positions;
   double eps;
   int32_t dtype, channels_last, relu, use_running;
@@ -73,6 +74,9 @@ extern "C" {
 
 int gkt_ghost_batch_norm_fwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
 int gkt_ghost_batch_norm_bwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
+int gkt_ghost_batch_norm_fwd_cuda(const struct gkt_ghost_batch_norm_params* params, void* stream);
+int gkt_ghost_batch_norm_bwd_cuda(const struct gkt_ghost_batch_norm_params* params, void* stream);
+int64_t gkt_ghost_batch_norm_workspace_cuda(const struct gkt_ghost_batch_norm_params* params);
 
 const char* gkt_last_error(void);
 
