@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gkt_fast import group_knowledge_loss
 from gkt_fast.ops import GroupKnowledge
 
-BACKENDS = ["torch", "cpp"]
+BACKENDS = ["torch", "cpp", "triton"]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import group_knowledge_loss_native, registry
+from . import group_knowledge_loss_native, group_knowledge_loss_triton, registry
 from .group_knowledge_loss_checks import (
     FLOAT_DTYPES,
     check_class_indices,
@@ -305,6 +305,15 @@ registry.register(
 registry.register(
     registry.Implementation(
         "group_knowledge_loss", "cpp", ("cpu",), FLOAT_DTYPES, group_knowledge_loss_native.load_cpp
+    )
+)
+registry.register(
+    registry.Implementation(
+        "group_knowledge_loss",
+        "triton",
+        group_knowledge_loss_triton.DEVICES,
+        group_knowledge_loss_triton.DTYPES,
+        group_knowledge_loss_triton.load_triton,
     )
 )
 
