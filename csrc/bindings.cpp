@@ -34,8 +34,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial dimensions.
-// Neighbours that one stride can walk in every tensor are merged.
+// Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial
+// dimensions. Neighbours that one stride can walk in every tensor are merged.
 void set_rows(gkt_group_knowledge_loss_params& p, const py::tuple& shape, const py::tuple& logits,
               const py::tuple& gradient, const py::tuple& targets) {
   p.row_dims = 0;
@@ -65,7 +65,8 @@ void set_rows(gkt_group_knowledge_loss_params& p, const py::tuple& shape, const 
   }
 }
 
-// Addresses with sizes and strides in elements; the options are in the order of the Python function.
+// Addresses with sizes and strides in elements; the options are in the order of the Python
+// function.
 gkt_group_knowledge_loss_params group_knowledge_loss_params(
     int dtype, uintptr_t logits, const py::tuple& shape, const py::tuple& logits_strides,
     uintptr_t gradient, const py::tuple& gradient_strides, uintptr_t targets,
@@ -113,6 +114,19 @@ void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int
   raise_on_error(status);
 }
 
+#ifdef GKT_WITH_CUDA
+void group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params& params,
+                               uintptr_t counted_rows, uintptr_t partials, uintptr_t stream) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = gkt_group_knowledge_loss_cuda(&params, pointer<const double>(counted_rows),
+                                           pointer<double>(partials), pointer<void>(stream));
+  }
+  raise_on_error(status);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -122,4 +136,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
       .def(py::init(&group_knowledge_loss_params));
   module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
+#ifdef GKT_WITH_CUDA
+  module.attr("max_partials") = GKT_MAX_PARTIALS;
+  module.def("group_knowledge_loss_cuda", &group_knowledge_loss_cuda);
+#endif
 }

@@ -11,11 +11,15 @@ enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16
 // GKT_OK or the reason; gkt_last_error() has the text, per thread.
 enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2 };
 
-// Rows of a tensor: its batch and spatial dimensions, merged where memory allows, the innermost last.
+// Rows of a tensor: its batch and spatial dimensions, merged where memory allows, the innermost
+// last.
 #define GKT_MAX_ROW_DIMS 8
 
-// group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions' index
-// times stride, in elements.
+// Blocks of a CUDA kernel that each leave sums behind.
+#define GKT_MAX_PARTIALS 1024
+
+// group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
+// index times stride, in elements.
 typedef struct {
   const void* logits;
   void* gradient;       // times gradient_scale, of the logits' dtype; NULL: none wanted
@@ -46,6 +50,10 @@ extern "C" {
 const char* gkt_last_error(void);
 
 int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
+// On the device: counted_rows (2), how many rows the means of CE and kd count; partials
+// (GKT_MAX_PARTIALS, S + 1), scratch. Class indices must have been checked.
+int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params,
+                                  const double* counted_rows, double* partials, void* stream);
 
 #ifdef __cplusplus
 }
