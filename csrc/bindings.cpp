@@ -194,6 +194,16 @@ void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int
   check(without_gil([&] { return gkt_group_knowledge_loss_cpu(&params, threads); }));
 }
 
+#ifdef GKT_WITH_CUDA
+void group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params& params,
+                               uintptr_t counted_rows, uintptr_t partials, uintptr_t stream) {
+  check(without_gil([&] {
+    return gkt_group_knowledge_loss_cuda(&params, pointer<const double>(counted_rows),
+                                         pointer<double>(partials), pointer(stream));
+  }));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -212,4 +222,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
       .def(py::init(&group_knowledge_loss_params));
   module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
+#ifdef GKT_WITH_CUDA
+  module.attr("max_partials") = GKT_MAX_PARTIALS;
+  module.def("group_knowledge_loss_cuda", &group_knowledge_loss_cuda);
+#endif
 }

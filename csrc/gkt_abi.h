@@ -43,6 +43,9 @@ struct gkt_ghost_batch_norm_params {
 // last.
 #define GKT_MAX_ROW_DIMS 8
 
+// Blocks of a CUDA kernel that each leave sums behind.
+#define GKT_MAX_PARTIALS 1024
+
 // group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
 // index times stride, in elements.
 typedef struct {
@@ -81,6 +84,10 @@ int64_t gkt_ghost_batch_norm_workspace_cuda(const struct gkt_ghost_batch_norm_pa
 const char* gkt_last_error(void);
 
 int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
+// On the device: counted_rows (2), how many rows the means of CE and kd count; partials
+// (GKT_MAX_PARTIALS, S + 1), scratch. Class indices must have been checked.
+int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params,
+                                  const double* counted_rows, double* partials, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-"""Settings of the whole test session."""
+"""Settings of the whole test session: without a GPU Triton kernels run in Triton's interpreter, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,5 @@ import os
 
 import torch
 
-# Without a GPU Triton kernels run in Triton's interpreter; triton.jit reads this when a kernel is defined.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton.jit reads this when a kernel is defined

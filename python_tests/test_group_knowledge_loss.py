@@ -6,20 +6,26 @@ import math
 
 import pytest
 import torch
-from backends import running_on
+from backends import running_on, unavailable
+from cuda_host import build
 from group_knowledge_loss_formula import expected, relative_norm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkt_fast import group_knowledge_loss
 from gkt_fast.ops import GroupKnowledge
+from gkt_fast.ops.group_knowledge_loss_native import load_cuda
 
-BACKENDS = ["torch", "cpp"]
+BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    if request.param == "cuda-host":
+        if reason := build.missing_tools():
+            unavailable("cuda-host", reason)
+        build.register("group_knowledge_loss", load_cuda)
     with running_on("group_knowledge_loss", request.param):
         yield request.param
 
