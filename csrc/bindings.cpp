@@ -219,7 +219,8 @@ PYBIND11_MODULE(_native, module) {
              &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cuda, uintptr_t>);
   module.def("ghost_batch_norm_workspace_cuda", &ghost_batch_norm_workspace);
 #endif
-  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
+  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams",
+                                              py::module_local())
       .def(py::init(&group_knowledge_loss_params));
   module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
 #ifdef GKT_WITH_CUDA
