@@ -3,9 +3,11 @@
 GKT_NATIVE=0    install pure Python
 GKT_CUDA=auto   build the CUDA kernels when nvcc is found (default); 1: fail without nvcc; 0: never
 GKT_CUDA_ARCHS  semicolon-separated CMake architectures, default "80;90;100"
+CMAKE_ARGS      further arguments for CMake
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,7 @@ class CMakeBuild(build_ext):
         ]
         if "GKT_CUDA_ARCHS" in os.environ:
             configure.append(f"-DGKT_CUDA_ARCHS={os.environ['GKT_CUDA_ARCHS']}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         run(configure, build_dir)
         run(["cmake", "--build", "."], build_dir)
 

@@ -10,6 +10,7 @@ reads x and the gradient of y twice, writes two gradients; plus the mask.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--csv", type=Path, help="default: results/norm.csv; the picture goes beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,8 +136,9 @@ def main() -> None:
         ],
     )
     name = "norm" if arguments.dtype == "float32" else f"norm_{arguments.dtype}"
-    write_csv(RESULTS / f"{name}.csv", table)
-    plot(table, RESULTS / f"{name}.png")
+    path = arguments.csv or RESULTS / f"{name}.csv"
+    write_csv(path, table)
+    plot(table, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from gkt_fast import GKTConfig, Stage
 from gkt_fast.execution import EXECUTION_MODES, Network, Streams
 from gkt_fast.execution.interception import find_sites
+from gkt_fast.flops import count_layers, one_sample
 from gkt_fast.models.discovery import find_stages
 
-MODES = ("sequential", "shared")
+MODES = tuple(EXECUTION_MODES)
 POLICIES = ("full", "sequential")
 
 
@@ -86,7 +87,8 @@ def package_step(
 ) -> Outcome:
     """The same step by one of the package's execution modes."""
     stages = find_stages(model) if stages is None else stages
-    network = Network(model, find_sites(model, stages))
+    sites = find_sites(model, stages)
+    network = Network(model, sites, layers=lambda: count_layers(model, sites, one_sample(inputs)))
     streams = Streams(tuple(map(frozenset, dropped)), config)
     result = EXECUTION_MODES[mode](network, inputs, targets, streams, None)
     if result.loss.requires_grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -172,6 +173,7 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
             subnet_ce_weight=0.1,
             sampler="uniform",
             drop_rate=0.25,
+            fuse_blocks=False,
             batch_norm="sequential",
             execution="sequential",
             label_smoothing=0.1,
@@ -179,7 +181,8 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
             distill_ignored=False,
             seed=3,
         ),
-        GKTConfig(groups=2, sampler="fixed", subnets=((1, 1, 1), (0, 1, 1))),
+        GKTConfig(groups=2, sampler="fixed", subnets=((1, 1, 1), (0, 1, 1)), execution="lean"),
+        GKTConfig(budget=1.5, min_depth=0),
     ],
 )
 def test_every_hyper_parameter_has_a_flag(run, tmp_path, config):
@@ -269,6 +272,7 @@ def test_data_that_is_not_what_it_must_be(run, tmp_path):
         (["--min-depth", "1-1"], "min_depth is (1, 1); it must have one entry for each of 3 stages"),
         (["--subnets", "1-1-1"], "the sampler 'fixed' needs subnets, and no other takes them"),
         (["--sampler", "all"], "argument --sampler: invalid choice: 'all'"),
+        (["--budget", "0.5"], "budget is 0.5; it must be"),
         (["--kd-weight", "-1"], "kd_weight is -1.0; it must be in [0, inf)"),
         (["--groups", "x"], "argument --groups: invalid int value: 'x'"),
         (["--epoch", "1"], "unrecognized arguments: --epoch"),
@@ -315,6 +319,14 @@ def test_a_network_of_an_unknown_name_or_without_its_library(run, monkeypatch):
     code, _, err = run(*TINY, "--model", "timm:resnet19")
     assert code == 2
     assert "model is 'timm:resnet19'; timm has no network of that name" in err
+
+
+def test_help_lists_every_flag(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    for field in dataclasses.fields(GKTConfig):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "digits, imagefolder:PATH or cifar10:PATH" in out
 
 
 def test_a_command_is_needed(run):

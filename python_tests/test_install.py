@@ -21,7 +21,15 @@ import gkt_fast
 
 ROOT = Path(__file__).parents[1]
 MISSING = [name for name in ("cmake", "ninja", "pybind11") if importlib.util.find_spec(name) is None]
-SETTINGS = ("GKT_NATIVE", "GKT_CUDA", "GKT_CUDA_ARCHS", "CUDACXX", "CUDA_PATH", "CUDAToolkit_ROOT")
+SETTINGS = (
+    "GKT_NATIVE",
+    "GKT_CUDA",
+    "GKT_CUDA_ARCHS",
+    "CMAKE_ARGS",
+    "CUDACXX",
+    "CUDA_PATH",
+    "CUDAToolkit_ROOT",
+)
 
 STEP = """
 import sys, torch, gkt_fast
@@ -82,9 +90,10 @@ def unpacked(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def native_build(unpacked, build_tools, tmp_path_factory) -> tuple[Path, str]:
-    """The wheel of a default build where there is no nvcc, and what the build printed."""
+    """The wheel of a build where there is no nvcc, and what the build printed. Not optimised: four times faster."""
     folder = tmp_path_factory.mktemp("native")
-    log = build("wheel", unpacked, folder, PATH=path_without_nvcc(tmp_path_factory.mktemp("bin")))
+    path = path_without_nvcc(tmp_path_factory.mktemp("bin"))
+    log = build("wheel", unpacked, folder, PATH=path, CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug")
     return next(folder.glob("*.whl")), log
 
 
@@ -173,7 +182,8 @@ def run(python: Path | str, *arguments: str) -> str:
         [str(python), *arguments], cwd=Path(python).parent, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    warnings = [line for line in result.stderr.splitlines() if "torch/utils/flop_counter.py" not in line]
+    assert not warnings  # torch's own, on an import where there is no Triton
     return result.stdout
 
 
@@ -228,6 +238,7 @@ def test_metadata(pure_wheel):
         metadata = archive.read(f"gkt_fast-{gkt_fast.__version__}.dist-info/METADATA").decode()
     assert f"\nVersion: {gkt_fast.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert f"\n## [{gkt_fast.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
     required = [
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]
