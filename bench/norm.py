@@ -1,8 +1,9 @@
 """ghost_batch_norm + residual + ReLU against torch eager and torch.compile: forward and backward, and bytes/s.
 
-    python bench/norm.py [--repeats 30] [--threads 2]
+    python bench/norm.py [--repeats 40] [--threads 2] [--retain-memory]
 
-Prints a table, writes bench/results/norm.csv and bench/results/norm.png. The floor is the time that a copy takes
+Prints a table, writes bench/results/norm.csv and bench/results/norm.png. With --retain-memory glibc keeps freed
+memory instead of giving it back to the system, so that page faults of fresh memory don't count (norm_retained.*). The floor is the time that a copy takes
 for the bytes that two passes each way must move: forward reads x twice and the residual, writes y; backward
 reads x and the gradient of y twice, writes two gradients; plus the mask.
 """
@@ -10,6 +11,7 @@ reads x and the gradient of y twice, writes two gradients; plus the mask.
 from __future__ import annotations
 
 import argparse
+import ctypes
 from pathlib import Path
 
 import torch
@@ -61,6 +63,15 @@ def providers(shape: tuple[int, ...], device: str, dtype: torch.dtype, names: li
 
     functions = {"eager": eager, "compile": torch.compile(eager, dynamic=False)}
     return {name: step(functions.get(name) or fused(name)) for name in names}
+
+
+def retain_memory() -> None:
+    """Tells glibc's malloc to take large blocks from its heap and never to shrink that."""
+    top_pad, trim_threshold, mmap_threshold = -2, -1, -3
+    libc = ctypes.CDLL(None)
+    for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 1 << 26)):
+        if libc.mallopt(option, value) != 1:
+            raise RuntimeError("this C library has no such option of mallopt")
 
 
 def rows(device: str, dtype: torch.dtype, names: list[str], repeats: int) -> list[dict[str, object]]:
@@ -118,7 +129,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--csv", type=Path, help="default: results/norm.csv; the picture goes beside it")
+    parser.add_argument("--retain-memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.retain_memory:
+        retain_memory()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ["eager", "compile", *(["cuda", "triton"] if device == "cuda" else ["cpp"])]
@@ -135,7 +149,8 @@ def main() -> None:
             "copy_gb_per_s",
         ],
     )
-    name = "norm" if arguments.dtype == "float32" else f"norm_{arguments.dtype}"
+    name = "norm" + (f"_{arguments.dtype}" if arguments.dtype != "float32" else "")
+    name += "_retained" if arguments.retain_memory else ""
     path = arguments.csv or RESULTS / f"{name}.csv"
     write_csv(path, table)
     plot(table, path.with_suffix(".png"))

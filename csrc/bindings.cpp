@@ -42,6 +42,11 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+int place(int threads) { return threads; }
+#ifdef GKT_WITH_CUDA
+void* place(uintptr_t stream) { return pointer(stream); }
+#endif
+
 // (address, batch stride, channel stride, position stride)
 using Activation = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -65,11 +70,19 @@ gkt_ghost_batch_norm_params ghost_batch_norm_params(const Shape& shape, double e
   return params;
 }
 
-template <int (*run)(const gkt_ghost_batch_norm_params*, int)>
+#ifdef GKT_WITH_CUDA
+int64_t ghost_batch_norm_workspace(const Shape& shape) {
+  const gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, 0, false, false);
+  return gkt_ghost_batch_norm_workspace_cuda(&params);
+}
+#endif
+
+// Where: the number of threads, or the stream's handle.
+template <auto run, class Where>
 void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_running,
                           const Activation& x, const Activation& residual, uintptr_t weight,
                           uintptr_t bias, uintptr_t keep, const Activation& y, uintptr_t statistics,
-                          uintptr_t mask, int threads) {
+                          uintptr_t mask, uintptr_t workspace, Where where) {
   gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
   params.x = activation(x);
   params.residual = activation(residual);
@@ -79,15 +92,18 @@ void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_ru
   params.y = activation(y);
   params.statistics = pointer(statistics);
   params.mask = pointer<uint8_t>(mask);
-  check(without_gil([&] { return run(&params, threads); }));
+  params.workspace = pointer(workspace);
+  check(without_gil([&] { return run(&params, place(where)); }));
 }
 
-template <int (*run)(const gkt_ghost_batch_norm_params*, int)>
+// Where: the number of threads, or the stream's handle.
+template <auto run, class Where>
 void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_running,
                           const Activation& grad_y, const Activation& x, uintptr_t weight,
                           uintptr_t statistics, uintptr_t mask, uintptr_t keep,
                           const Activation& grad_x, const Activation& grad_residual,
-                          uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+                          uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace,
+                          Where where) {
   gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
   params.grad_y = activation(grad_y);
   params.x = activation(x);
@@ -99,7 +115,8 @@ void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_ru
   params.grad_residual = activation(grad_residual);
   params.grad_weight = pointer(grad_weight);
   params.grad_bias = pointer(grad_bias);
-  check(without_gil([&] { return run(&params, threads); }));
+  params.workspace = pointer(workspace);
+  check(without_gil([&] { return run(&params, place(where)); }));
 }
 
 // Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial
@@ -177,15 +194,37 @@ void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int
   check(without_gil([&] { return gkt_group_knowledge_loss_cpu(&params, threads); }));
 }
 
+#ifdef GKT_WITH_CUDA
+void group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params& params,
+                               uintptr_t counted_rows, uintptr_t partials, uintptr_t stream) {
+  check(without_gil([&] {
+    return gkt_group_knowledge_loss_cuda(&params, pointer<const double>(counted_rows),
+                                         pointer<double>(partials), pointer(stream));
+  }));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "gkt_fast's native kernels. Call them through gkt_fast.ops.";
   module.attr("abi_version") = GKT_ABI_VERSION;
   module.def("build_info", &build_info);
-  module.def("ghost_batch_norm_fwd_cpu", &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cpu>);
-  module.def("ghost_batch_norm_bwd_cpu", &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cpu>);
-  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams")
+  module.def("ghost_batch_norm_fwd_cpu", &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cpu, int>);
+  module.def("ghost_batch_norm_bwd_cpu", &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cpu, int>);
+#ifdef GKT_WITH_CUDA
+  module.def("ghost_batch_norm_fwd_cuda",
+             &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cuda, uintptr_t>);
+  module.def("ghost_batch_norm_bwd_cuda",
+             &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cuda, uintptr_t>);
+  module.def("ghost_batch_norm_workspace_cuda", &ghost_batch_norm_workspace);
+#endif
+  py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams",
+                                              py::module_local())
       .def(py::init(&group_knowledge_loss_params));
   module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
+#ifdef GKT_WITH_CUDA
+  module.attr("max_partials") = GKT_MAX_PARTIALS;
+  module.def("group_knowledge_loss_cuda", &group_knowledge_loss_cuda);
+#endif
 }

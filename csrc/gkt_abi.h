@@ -33,6 +33,7 @@ struct gkt_ghost_batch_norm_params {
   const uint8_t* keep;  // (ghosts), null for all
   void* grad_weight;    // (channels)
   void* grad_bias;      // (channels)
+  void* workspace;  // CUDA: gkt_ghost_batch_norm_workspace_cuda() elements of the statistics' dtype
   int64_t ghosts, ghost_rows, channels, positions;
   double eps;
   int32_t dtype, channels_last, relu, use_running;
@@ -41,6 +42,9 @@ struct gkt_ghost_batch_norm_params {
 // Rows of a tensor: its batch and spatial dimensions, merged where memory allows, the innermost
 // last.
 #define GKT_MAX_ROW_DIMS 8
+
+// Blocks of a CUDA kernel that each leave sums behind.
+#define GKT_MAX_PARTIALS 1024
 
 // group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
 // index times stride, in elements.
@@ -73,10 +77,17 @@ extern "C" {
 
 int gkt_ghost_batch_norm_fwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
 int gkt_ghost_batch_norm_bwd_cpu(const struct gkt_ghost_batch_norm_params* params, int threads);
+int gkt_ghost_batch_norm_fwd_cuda(const struct gkt_ghost_batch_norm_params* params, void* stream);
+int gkt_ghost_batch_norm_bwd_cuda(const struct gkt_ghost_batch_norm_params* params, void* stream);
+int64_t gkt_ghost_batch_norm_workspace_cuda(const struct gkt_ghost_batch_norm_params* params);
 
 const char* gkt_last_error(void);
 
 int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
+// On the device: counted_rows (2), how many rows the means of CE and kd count; partials
+// (GKT_MAX_PARTIALS, S + 1), scratch. Class indices must have been checked.
+int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params,
+                                  const double* counted_rows, double* partials, void* stream);
 
 #ifdef __cplusplus
 }

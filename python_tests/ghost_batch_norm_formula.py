@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
+from backends import running_on, unavailable
+from cuda_host import build
 from torch import Tensor
+
+from gkt_fast.ops.ghost_batch_norm_backends import CudaBackend
+
+BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 
 
 def formula(x, weight, bias, ghosts, residual=None, keep=None, relu=True, eps=1e-5, running=None):
@@ -80,3 +88,12 @@ def expected(tensors, ghosts, with_residual=True, **options) -> dict[str, Tensor
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
     }
     return {"y": y.detach(), "mean": mean.detach(), "var": var.detach(), **gradients, "grad_y": grad_y}
+
+
+def on_backend(name: str) -> AbstractContextManager[None]:
+    """Runs the op on that backend; "cuda-host" is the CUDA source compiled for the CPU."""
+    if name == "cuda-host":
+        if reason := build.missing_tools():
+            unavailable(name, reason)
+        build.register("ghost_batch_norm", CudaBackend)
+    return running_on("ghost_batch_norm", name)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import running_on
-from ghost_batch_norm_formula import channels_last, expected, make, relative_norm
+from ghost_batch_norm_formula import BACKENDS, channels_last, expected, make, on_backend, relative_norm
 
 from gkt_fast import ghost_batch_norm
 from gkt_fast.ops.ghost_batch_norm import ghost_batch_norm_reference
 
-BACKENDS = ["torch", "cpp"]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-SHAPES = [(6, 5, 3, 5), (4, 16, 4, 4), (6, 35, 7), (24, 70), (12, 3, 1, 1), (2, 1, 3, 3), (4, 33, 2, 3, 5)]
-BIG_SHAPES = [(6, 129, 20, 11), (4, 16, 33, 32), (2, 4, 70, 80), (2, 300, 9, 9)]
+SHAPES = [(6, 5, 3, 5), (4, 16, 4, 4), (24, 70), (12, 3, 1, 1), (6, 35, 7), (2, 1, 3, 3), (4, 33, 2, 3, 5)]
+BIG_SHAPES = [(4, 16, 33, 32), (2, 3, 70, 80), (6, 129, 20, 11), (2, 300, 7, 9)]
+
+
+def pairs(shapes, emulated):
+    """Backends with shapes; those that are emulated, hence slow, with the first few."""
+    return [(b, s) for b in BACKENDS for s in (shapes[:emulated] if b in ("triton", "cuda-host") else shapes)]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    with running_on("ghost_batch_norm", request.param):
+    with on_backend(request.param):
         yield request.param
 
 
@@ -42,7 +45,7 @@ def run(tensors, grad_y, ghosts, with_residual=True, relu=True, running=None, **
     assert not mean.requires_grad and not var.requires_grad
     y.backward(grad_y)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, before[name]), f"{name} was written to"
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     for name, gradient in gradients.items():
         assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape
@@ -62,7 +65,7 @@ def check(tensors, ghosts, tolerance=None, **options):
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), pairs(SHAPES, 4), ids=str, indirect=["backend"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_values_and_gradients(backend, dtype, shape, layout, with_residual, relu):
     tensors = make(shape, dtype, layout)
@@ -72,7 +75,7 @@ def test_values_and_gradients(backend, dtype, shape, layout, with_residual, relu
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize("shape", BIG_SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), pairs(BIG_SHAPES, 2), ids=str, indirect=["backend"])
 @pytest.mark.parametrize("ghosts", [1, 2])
 def test_tensors_of_several_tiles(backend, shape, layout, ghosts):
     check(make(shape, layout=layout), ghosts)
@@ -145,7 +148,7 @@ def test_low_precision_is_no_worse_than_eager(backend, dtype, layout):
     for name in eager:
         floor = relative_norm(wanted[name].to(tensors[name if name != "y" else "x"].dtype), wanted[name])
         error = relative_norm(actual[name], wanted[name])
-        assert error <= max(1.2 * floor, relative_norm(eager[name], wanted[name])), name
+        assert error <= max(1.2 * floor, relative_norm(eager[name], wanted[name]), 2e-6), name
     assert actual["mean"].dtype == torch.float32
     assert relative_norm(actual["mean"], wanted["mean"]) <= 2e-6
 

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
-from backends import running_on
+from backends import running_on, unavailable
+from cuda_host import build
 from group_knowledge_loss_formula import expected, relative_norm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkt_fast import group_knowledge_loss
-from gkt_fast.ops import GroupKnowledge
+from gkt_fast.ops import GroupKnowledge, registry
+from gkt_fast.ops.group_knowledge_loss_native import load_cuda
 
-BACKENDS = ["torch", "cpp"]
+BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    if request.param == "cuda-host":
+        if reason := build.missing_tools():
+            unavailable("cuda-host", reason)
+        build.register("group_knowledge_loss", load_cuda)
     with running_on("group_knowledge_loss", request.param):
         yield request.param
+
+
+def rounding_allowance(dtype):
+    """Times the error of rounding the exact gradient. Triton's interpreter truncates to bfloat16, a GPU rounds."""
+    truncates = registry.requested_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return 2.2 if truncates and dtype == torch.bfloat16 else 1.5
+
+
+def skip_without(backend, dtype):
+    if dtype not in registry.find("group_knowledge_loss", backend).dtypes:
+        pytest.skip(f"{backend} has no {dtype}, by design")
 
 
 def make(shape, dtype=torch.float32, seed=0, probabilities=False, ignore=False):
@@ -67,7 +85,7 @@ def check(logits, targets, **options):
     )
     if logits.dtype in LOW_PRECISION:
         rounded = relative_norm(wanted_gradient.to(logits.dtype), wanted_gradient)
-        assert relative_norm(gradient, wanted_gradient) <= 1.5 * rounded
+        assert relative_norm(gradient, wanted_gradient) <= rounding_allowance(logits.dtype) * rounded
     else:
         assert relative_norm(gradient, wanted_gradient) <= (1e-12 if double else 2e-6)
 
@@ -111,6 +129,7 @@ def test_matches_the_formula(backend, shape, options):
 @pytest.mark.parametrize("shape", [(4, 5, 19), (4, 3, 130), (7, 2, 11, 5, 4)], ids=str)
 @pytest.mark.parametrize("options", ["plain", "normalized-subnet-ce", "ema-0.9"])
 def test_dtypes(backend, shape, dtype, options):
+    skip_without(backend, dtype)
     logits, targets = make(shape, dtype, ignore=True)
     check(logits, targets, groups=3, loops=(shape[0] - 1) // 3, **OPTIONS[options])
 
@@ -231,7 +250,9 @@ def test_loss_scale_reaches_low_precision(backend, dtype, loss_scale, retain_gra
     loss, _ = group_knowledge_loss(leaf, targets)
     (loss * loss_scale).backward(retain_graph=retain_graph)
     wanted = expected(logits, targets, groups=3)[2] * loss_scale
-    assert relative_norm(leaf.grad, wanted) <= 1.5 * relative_norm(wanted.to(dtype), wanted)
+    assert relative_norm(leaf.grad, wanted) <= rounding_allowance(dtype) * relative_norm(
+        wanted.to(dtype), wanted
+    )
 
 
 def test_backward_twice_through_a_retained_graph(backend):

@@ -32,14 +32,15 @@ void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
       for (int64_t t = tiles * chunk / plan.chunks; t < last; ++t) {
         const int64_t outer = t / tiles_inside, row = t % tiles_inside * kRows;
         const int64_t left = p.row_sizes[inner] - row;
-        tile.run(row_offset(p, p.logits_row_strides, inner, outer) + row * p.logits_row_strides[inner],
-                 row_offset(p, p.gradient_row_strides, inner, outer) +
-                     row * p.gradient_row_strides[inner],
-                 row_offset(p, p.targets_row_strides, inner, outer) +
-                     row * p.targets_row_strides[inner],
-                 static_cast<int>(left < kRows ? left : kRows), sums);
+        tile.run(
+            row_offset(p, p.logits_row_strides, inner, outer) + row * p.logits_row_strides[inner],
+            row_offset(p, p.gradient_row_strides, inner, outer) +
+                row * p.gradient_row_strides[inner],
+            row_offset(p, p.targets_row_strides, inner, outer) + row * p.targets_row_strides[inner],
+            static_cast<int>(left < kRows ? left : kRows), sums);
       }
     }
+    finish_streaming();
   });
 }
 
@@ -48,7 +49,8 @@ template <class T>
 bool rows_in_lanes(const Params& p) {
   constexpr int64_t kFewClasses = 4 * kLanes<typename Compute<T>::Type>;
   const int inner = p.row_dims - 1;
-  return p.classes < kFewClasses || (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);
+  return p.classes < kFewClasses ||
+         (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);
 }
 
 // Calls body(tile type) for the dtype and the arrangement of the problem.
@@ -73,14 +75,11 @@ void dispatch(const Params& p, const Body& body) {
   }
 }
 
-
 }  // namespace
 
 size_t group_knowledge_loss_scratch(const Params& p) {
   size_t bytes = 0;
-  dispatch(p, [&](auto* tile) {
-    bytes = std::remove_pointer_t<decltype(tile)>::scratch_bytes(p);
-  });
+  dispatch(p, [&](auto* tile) { bytes = std::remove_pointer_t<decltype(tile)>::scratch_bytes(p); });
   return bytes;
 }
 
@@ -109,11 +108,13 @@ namespace gkt {
 #if defined(__x86_64__)
 namespace avx2 {
 size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
-void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&);
+void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&,
+                              const GroupKnowledgeLossPlan&);
 }  // namespace avx2
 namespace avx512 {
 size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
-void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&);
+void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&,
+                              const GroupKnowledgeLossPlan&);
 }  // namespace avx512
 #endif
 
@@ -176,7 +177,7 @@ void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPl
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
       sum += plan.sums[chunk * (p.streams + 1) + s];
     const double mean = sum / (s == 0 || s == p.streams ? plan.ce_rows : plan.kd_rows);
-    const double weight = s == 0             ? p.ce_weight
+    const double weight = s == 0           ? p.ce_weight
                           : s == p.streams ? (p.streams > 1 ? p.subnet_ce_weight : 0.0)
                                            : p.kd_weight;
     if (s < p.streams) static_cast<Real*>(p.terms)[s] = static_cast<Real>(mean);
@@ -187,7 +188,8 @@ void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPl
 
 void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads) {
   check(p);
-  size_t (*scratch)(const gkt_group_knowledge_loss_params&) = baseline::group_knowledge_loss_scratch;
+  size_t (*scratch)(const gkt_group_knowledge_loss_params&) =
+      baseline::group_knowledge_loss_scratch;
   void (*run)(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&) =
       baseline::group_knowledge_loss_run;
 #if defined(__x86_64__)
@@ -210,9 +212,10 @@ void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads)
   std::vector<double> sums(static_cast<size_t>(plan.chunks * (p.streams + 1)));
   plan.sums = sums.data();
   if (rows > 0) {
-    const size_t value_bytes = p.dtype == GKT_FLOAT64 ? 8 : p.dtype == GKT_FLOAT32 ? 4 : 2;
+    const int64_t value_bytes = p.dtype == GKT_FLOAT64 ? 8 : p.dtype == GKT_FLOAT32 ? 4 : 2;
+    plan.gradient_bytes = p.streams * rows * p.classes * value_bytes;
     if (p.gradient != nullptr)  // it is dense, whatever the order of its dimensions
-      prefer_huge_pages(p.gradient, static_cast<size_t>(p.streams * rows * p.classes) * value_bytes);
+      prefer_huge_pages(p.gradient, static_cast<size_t>(plan.gradient_bytes));
     constexpr size_t kAlignment = 64;
     plan.scratch_bytes = (scratch(p) + kAlignment - 1) / kAlignment * kAlignment;
     const size_t bytes = plan.scratch_bytes * static_cast<size_t>(plan.threads);

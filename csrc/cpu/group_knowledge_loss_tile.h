@@ -2,11 +2,13 @@
 // between the logits and their gradient in scratch memory that stays in cache.
 //
 // The same code runs in two arrangements. A vector holds W classes of one row, and reductions over
-// classes end across its lanes; or, for few classes and for dense prediction, it holds one class of W
-// rows, and nothing crosses lanes. "Vector i" below is the i-th group of classes, or the i-th class.
+// classes end across its lanes; or, for few classes and for dense prediction, it holds one class of
+// W rows, and nothing crosses lanes. "Vector i" below is the i-th group of classes, or the i-th
+// class.
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "cpu/vector.h"
 #include "gkt_abi.h"
@@ -17,11 +19,12 @@ namespace gkt {
 // its own sums: the result is the same for any number of threads.
 struct GroupKnowledgeLossPlan {
   int64_t chunks;
-  double* sums;             // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
-  char* scratch;            // (threads, scratch_bytes), aligned to 64 bytes
-  size_t scratch_bytes;     // per thread
+  double* sums;          // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
+  char* scratch;         // (threads, scratch_bytes), aligned to 64 bytes
+  size_t scratch_bytes;  // per thread
   double ce_rows, kd_rows;  // how many rows the means of CE and kd count
   int threads;
+  int64_t gradient_bytes;
 };
 
 namespace GKT_ISA {
@@ -52,15 +55,16 @@ class Tile {
   using Real = typename Compute<T>::Type;
   using V = Vec<Real>;
   using I = IntVec<Real>;
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   static constexpr int W = kLanes<Real>;
+  // A gradient beyond the caches is written past them.
+  static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
   static constexpr int kRows = kRowsInLanes ? W : 1;
 
-  static int64_t vectors(int64_t classes) {
-    return kRowsInLanes ? classes : (classes + W - 1) / W;
-  }
+  static int64_t vectors(int64_t classes) { return kRowsInLanes ? classes : (classes + W - 1) / W; }
 
-  // Scratch: two rows of classes per softmax kept (one per teaching group, and the student's), the raw
-  // exponentials of a cross entropy, the probability targets, q - p, and the gradient.
+  // Scratch: two rows of classes per softmax kept (one per teaching group, and the student's), the
+  // raw exponentials of a cross entropy, the probability targets, q - p, and the gradient.
   static size_t scratch_bytes(const Params& p) {
     const int64_t row_bytes = vectors(p.classes) * kVectorBytes;
     return static_cast<size_t>((2 * (kept(p) + 1) + 4) * row_bytes) +
@@ -75,7 +79,11 @@ class Tile {
         ce_scale_(static_cast<Real>(p.gradient_scale / plan.ce_rows)),
         kd_scale_(static_cast<Real>(p.gradient_scale / plan.kd_rows)),
         logits_(static_cast<const T*>(p.logits)),
-        gradient_(static_cast<T*>(p.gradient)) {
+        gradient_(static_cast<T*>(p.gradient)),
+        large_(plan.gradient_bytes >= kStreamingBytes &&
+               (kRowsInLanes ? p.gradient_row_strides[p.row_dims - 1] == 1 &&
+                                   p.gradient_class_stride % W == 0
+                             : p.gradient_class_stride == 1)) {
     next_ = reinterpret_cast<V*>(plan.scratch + plan.scratch_bytes * static_cast<size_t>(thread));
     knowledge_ = reinterpret_cast<Softmax<V>*>(next_);
     next_ += kept(p) * static_cast<int64_t>(sizeof(Softmax<V>) / sizeof(V));
@@ -95,6 +103,8 @@ class Tile {
     const int inner = p_.row_dims - 1;
     logits_step_ = p_.logits_row_strides[inner];
     gradient_step_ = p_.gradient_row_strides[inner];
+    ahead_step_ = kRowsInLanes && logits_step_ == 1 ? p_.logits_class_stride : W;
+    result_step_ = kRowsInLanes && gradient_step_ == 1 ? p_.gradient_class_stride : W;
     load_targets(targets_row, p_.targets_row_strides[inner]);
     for (int64_t s = 0; s < p_.streams; ++s) stream(s, sums);
   }
@@ -132,11 +142,14 @@ class Tile {
   static V max_classes(V v) { return kRowsInLanes ? v : maximum_lanes<Real>(v); }
   static V first_class(const V* x) { return kRowsInLanes ? x[0] : broadcast(x[0][0]); }
 
-  // Adds the rows for which `counted` holds.
-  void add_rows(double* sum, V value, I counted) const {
-    const int rows = kRowsInLanes ? count_ : 1;
-    for (int j = 0; j < rows; ++j)
-      if (counted[j]) *sum += static_cast<double>(value[j]);
+  // Adds the rows for which `counted` holds. Lanes are read from memory: an index that is not a
+  // constant would send the whole vector there and back for each of them.
+  static void add_rows(double* sum, V value, I counted) {
+    Real values[W];
+    store(values, counted ? value : V{});
+    double total = 0;
+    for (int j = 0; j < kRows; ++j) total += static_cast<double>(values[j]);
+    *sum += total;
   }
 
   void load_targets(int64_t row, int64_t step) {
@@ -157,27 +170,37 @@ class Tile {
       return;
     }
     const int64_t* from = static_cast<const int64_t*>(p_.targets) + row;
+    Index labels[W];
     for (int j = 0; j < W; ++j) {
       const int64_t target = kRowsInLanes ? (j < count_ ? from[j * step] : 0) : from[0];
-      label_[j] = static_cast<decltype(label_[j] + 0)>(target == p_.ignore_index ? -1 : target);
+      labels[j] = static_cast<Index>(target == p_.ignore_index ? -1 : target);
+      labels_[j] = labels[j] < 0 ? 0 : labels[j];
     }
+    std::memcpy(&label_, labels, sizeof(label_));
     ce_counted_ = rows & (label_ >= 0);
     kd_counted_ = p_.distill_ignored ? rows : ce_counted_;
   }
 
   // Reads the tile's rows into x, converted; unused lanes of the last vector get `padding`.
   template <class From>
-  void load_rows(const From* from, int64_t row_step, int64_t class_step, Real padding,
-                 V* x) const {
+  void load_rows(const From* from, int64_t row_step, int64_t class_step, Real padding, V* x) const {
     Real* to = reinterpret_cast<Real*>(x);
     if (kRowsInLanes && row_step == 1) {
       if (count_ == W)
         for (int64_t i = 0; i < n_; ++i) x[i] = load(from + i * class_step);
       else
-        for (int64_t i = 0; i < n_; ++i) x[i] = load_partial(from + i * class_step, count_, Real{0});
-    } else if (kRowsInLanes) {
-      for (int j = 0; j < W; ++j)
         for (int64_t i = 0; i < n_; ++i)
+          x[i] = load_partial(from + i * class_step, count_, Real{0});
+    } else if (kRowsInLanes) {
+      int64_t begin = 0;
+      if constexpr (std::is_same_v<From, float>) {
+        if (class_step == 1 && count_ == W)
+          for (; begin + 4 <= n_; begin += 4)
+            for (int j = 0; j < W; j += 4)
+              transpose_4x4(from + j * row_step + begin, row_step, to + begin * W + j, W);
+      }
+      for (int j = 0; j < W; ++j)
+        for (int64_t i = begin; i < n_; ++i)
           to[i * W + j] = j < count_ ? to_compute(from[j * row_step + i * class_step]) : Real{0};
     } else if (class_step == 1) {
       for_vectors([&](int64_t i, auto last) {
@@ -194,13 +217,17 @@ class Tile {
   void put(T* to, int64_t i, V g, Last<kLast>) const {
     const int64_t class_step = p_.gradient_class_stride;
     if (kRowsInLanes && gradient_step_ == 1) {
-      if (count_ == W)
+      if (streaming_)
+        store_streaming(to + i * class_step, g);
+      else if (count_ == W)
         store(to + i * class_step, g);
       else
         store_partial(to + i * class_step, g, count_);
     } else if (!kRowsInLanes && class_step == 1) {
       if (kLast)
         store_partial(to + i * W, g, tail_);
+      else if (streaming_)
+        store_streaming(to + i * W, g);
       else
         store(to + i * W, g);
     } else {
@@ -212,8 +239,16 @@ class Tile {
     const Real* from = reinterpret_cast<const Real*>(output_);
     const int64_t class_step = p_.gradient_class_stride;
     if (kRowsInLanes && gradient_step_ != 1) {
+      int64_t begin = 0;
+      if constexpr (std::is_same_v<T, float>) {
+        if (class_step == 1 && count_ == W)
+          for (; begin + 4 <= n_; begin += 4)
+            for (int j = 0; j < W; j += 4)
+              transpose_4x4(from + begin * W + j, W, to + j * gradient_step_ + begin,
+                            gradient_step_);
+      }
       for (int j = 0; j < count_; ++j)
-        for (int64_t i = 0; i < n_; ++i)
+        for (int64_t i = begin; i < n_; ++i)
           from_compute(from[i * W + j], to + j * gradient_step_ + i * class_step);
     } else if (!kRowsInLanes && class_step != 1) {
       for (int64_t c = 0; c < p_.classes; ++c) from_compute(from[c], to + c * class_step);
@@ -231,6 +266,12 @@ class Tile {
     const double ce_weight = s == 0 ? p_.ce_weight : p_.subnet_ce_weight;
     const bool has_ce = s == 0 || ce_weight != 0;
     Coefficients k{};
+    T* to =
+        gradient_ == nullptr ? nullptr : gradient_ + s * p_.gradient_stream_stride + gradient_row_;
+    streaming_ = large_ && count_ == kRows && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+    ahead_ = logits_ + (s + 1 < p_.streams ? (s + 1) * p_.logits_stream_stride + logits_row_
+                                           : logits_row_ + kRows * logits_step_);
+    result_ = gradient_ == nullptr || streaming_ ? nullptr : to;
     soften(q);
     if (s > 0) add_rows(sums + s, compare(q, knowledge_[slot(group - 1)], k), kd_counted_);
     if (has_ce) {
@@ -239,7 +280,6 @@ class Tile {
     }
     if (gradient_ != nullptr) {
       const bool has_kd = s > 0 && p_.kd_weight != 0;
-      T* to = gradient_ + s * p_.gradient_stream_stride + gradient_row_;
       if (ce_weight == 0)
         differentiate<CrossEntropy::none>(q, has_kd, k, to);
       else if (p_.probabilities)
@@ -304,9 +344,13 @@ class Tile {
 
   void soften(Softmax<V>& softmax) const {
     const V *x = softmax.x, max = softmax.max, scale = softmax.scale;
+    const T *ahead = ahead_, *result = result_;
+    const int64_t ahead_step = ahead_step_, result_step = result_step_;
     V* e = softmax.e;
     V sum{};
     for_vectors([&](int64_t i, auto) {
+      __builtin_prefetch(ahead + i * ahead_step, 0, 2);
+      if (result != nullptr) __builtin_prefetch(result + i * result_step, 1, 2);
       e[i] = exponential((x[i] - max) * scale);
       sum += e[i];
     });
@@ -388,11 +432,11 @@ class Tile {
     }
     k.one_hot *= 1 - smoothing;
     k.uniform = row_weight * (smoothing / static_cast<Real>(p_.classes));
-    V chosen = q.max;
     const Real* x = reinterpret_cast<const Real*>(q.x);
+    Real chosen[W];
     for (int j = 0; j < W; ++j)
-      if (label_[j] >= 0) chosen[j] = kRowsInLanes ? x[label_[j] * W + j] : x[label_[j]];
-    const V nll = (q.max - chosen) + log_sum;
+      chosen[j] = kRowsInLanes ? x[int64_t{labels_[j]} * W + j] : x[labels_[j]];
+    const V nll = (q.max - load(chosen)) + log_sum;
     if (p_.label_smoothing == 0) return nll;
     return nll * (1 - smoothing) + (max_minus_mean_ + log_sum) * smoothing;
   }
@@ -446,19 +490,25 @@ class Tile {
   }
 
   const Params& p_;
-  const int64_t n_;   // vectors per row
-  const int tail_;    // lanes in use of the last vector
+  const int64_t n_;  // vectors per row
+  const int tail_;   // lanes in use of the last vector
   const Real temperature_, ce_scale_, kd_scale_;
   const T* const logits_;
   T* const gradient_;
-  V* next_;
+  const bool large_;
+  bool streaming_ = false;
+  V* next_ = nullptr;
   Softmax<V>* knowledge_;
   Softmax<V> student_;
   V *raw_, *targets_, *difference_, *output_;
   const V* cross_entropy_e_ = nullptr;
 
   int64_t logits_row_ = 0, gradient_row_ = 0, logits_step_ = 0, gradient_step_ = 0;
-  int count_ = 0;  // rows in the tile
+  // Memory to have at hand: the logits of the next stream, and where the gradient goes.
+  const T *ahead_ = nullptr, *result_ = nullptr;
+  int64_t ahead_step_ = 0, result_step_ = 0;
+  int count_ = 0;      // rows in the tile
+  Index labels_[W]{};  // class indices, 0 for a row without one
   I label_{}, ce_counted_{}, kd_counted_{};
   V target_total_{}, max_minus_mean_{};
 };

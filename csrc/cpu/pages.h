@@ -17,8 +17,10 @@ inline void prefer_huge_pages(void* buffer, size_t bytes) {
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(buffer) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(buffer) + bytes) & ~(kHugePage - 1);
-  constexpr uintptr_t kLarge = uintptr_t{16} << 20;  // smaller ones are often recycled, faults and all
-  if (end > begin && bytes >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr uintptr_t kLarge = uintptr_t{16}
+                               << 20;  // smaller ones are often recycled, faults and all
+  if (end > begin && bytes >= kLarge)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)buffer;
   (void)bytes;

@@ -222,6 +222,49 @@ inline void store(T* to, Vec<float> v) {
 }
 #endif
 
+// A store that leaves the cache alone, for results that are too many to stay there. The address
+// must be a multiple of kVectorBytes; finish_streaming() orders it before what follows.
+inline void store_streaming(float* to, Vec<float> v) {
+#if defined(GKT_ISA_avx512)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(GKT_ISA_avx2)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  store(to, v);
+#endif
+}
+template <class T>
+inline void store_streaming(T* to, Vec<typename Compute<T>::Type> v) {
+  store(to, v);
+}
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Four values of four rows become four rows of four values.
+inline void transpose_4x4(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four a, b, c, d;
+  std::memcpy(&a, from, sizeof(a));
+  std::memcpy(&b, from + from_step, sizeof(b));
+  std::memcpy(&c, from + 2 * from_step, sizeof(c));
+  std::memcpy(&d, from + 3 * from_step, sizeof(d));
+  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  std::memcpy(to, &a, sizeof(a));
+  std::memcpy(to + to_step, &b, sizeof(b));
+  std::memcpy(to + 2 * to_step, &c, sizeof(c));
+  std::memcpy(to + 3 * to_step, &d, sizeof(d));
+}
+
 // The first `count` lanes from memory, `fill` in the others.
 template <class T>
 inline Vec<typename Compute<T>::Type> load_partial(const T* from, int count,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .ghost_batch_norm_checks import DTYPES, statistics_dtype
 from .native import DTYPES as NATIVE_DTYPES
-from .native import native_module
+from .native import cuda_stream, native_cuda_module, native_module
 from .registry import Implementation, register
 
 __all__ = ["Problem", "describe", "mask_size", "readable", "readable_as"]
@@ -150,13 +152,20 @@ class NativeBackend:
         forward: e.g. `ghost_batch_norm_fwd_cpu` of the native module.
         backward: the same for the backward pass.
         where: gives the last argument, the number of threads or the stream, for x.
+        workspace: number of elements of scratch memory for a shape; None where the functions need none.
     """
 
-    def __init__(self, forward, backward, where) -> None:
-        self._forward, self._backward, self._where = forward, backward, where
+    def __init__(self, forward, backward, where, workspace=None) -> None:
+        self._forward, self._backward, self._where, self._workspace = forward, backward, where, workspace
+
+    def _scratch(self, problem: Problem, statistics: Tensor) -> Tensor | None:
+        return (
+            None if self._workspace is None else statistics.new_empty(self._workspace(_native_shape(problem)))
+        )
 
     def forward(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
         weight, bias, keep = (None if v is None else v.contiguous() for v in (weight, bias, keep))
+        scratch = self._scratch(problem, statistics)
         self._forward(
             _native_shape(problem),
             problem.eps,
@@ -170,6 +179,7 @@ class NativeBackend:
             _activation(y, problem),
             _address(statistics),
             _address(mask),
+            _address(scratch),
             self._where(x),
         )
 
@@ -188,6 +198,7 @@ class NativeBackend:
         grad_bias,
     ) -> None:
         weight, keep = (None if v is None else v.contiguous() for v in (weight, keep))
+        scratch = self._scratch(problem, statistics)
         self._backward(
             _native_shape(problem),
             problem.eps,
@@ -203,6 +214,7 @@ class NativeBackend:
             _activation(grad_residual, problem),
             _address(grad_weight),
             _address(grad_bias),
+            _address(scratch),
             self._where(x),
         )
 
@@ -301,4 +313,39 @@ def _cpp() -> NativeBackend:
 
 
 register(Implementation("ghost_batch_norm", "cpp", ("cpu",), DTYPES, _cpp))
+
+
+class CudaBackend(NativeBackend):
+    """The CUDA kernels of a native module, on torch's current stream."""
+
+    def __init__(self, native: ModuleType) -> None:
+        super().__init__(
+            native.ghost_batch_norm_fwd_cuda,
+            native.ghost_batch_norm_bwd_cuda,
+            cuda_stream,
+            native.ghost_batch_norm_workspace_cuda,
+        )
+
+    def forward(self, problem: Problem, x: Tensor, *tensors) -> None:
+        with torch.cuda.device_of(x):
+            super().forward(problem, x, *tensors)
+
+    def backward(self, problem: Problem, grad_y: Tensor, *tensors) -> None:
+        with torch.cuda.device_of(grad_y):
+            super().backward(problem, grad_y, *tensors)
+
+
+def _triton() -> ModuleType:
+    from ..kernels.triton import ghost_batch_norm as kernels
+
+    return kernels
+
+
+# Triton's interpreter runs the kernels on CPU tensors.
+_TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+register(
+    Implementation("ghost_batch_norm", "cuda", ("cuda",), DTYPES, lambda: CudaBackend(native_cuda_module()))
+)
+register(Implementation("ghost_batch_norm", "triton", _TRITON_DEVICES, DTYPES, _triton))
 register(Implementation("ghost_batch_norm", "torch", ("cpu", "cuda"), DTYPES, TorchBackend))

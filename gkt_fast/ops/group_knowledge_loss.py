@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import group_knowledge_loss_native, registry
+from . import group_knowledge_loss_native, group_knowledge_loss_triton, registry
 from .group_knowledge_loss_checks import (
     FLOAT_DTYPES,
     check_class_indices,
@@ -31,6 +31,7 @@ from .group_knowledge_loss_checks import (
     check_streams,
     check_tensors,
 )
+from .native import native_cuda_module
 
 __all__ = ["GroupKnowledge", "group_knowledge_loss", "group_knowledge_loss_reference"]
 
@@ -305,6 +306,24 @@ registry.register(
 registry.register(
     registry.Implementation(
         "group_knowledge_loss", "cpp", ("cpu",), FLOAT_DTYPES, group_knowledge_loss_native.load_cpp
+    )
+)
+registry.register(
+    registry.Implementation(
+        "group_knowledge_loss",
+        "cuda",
+        ("cuda",),
+        FLOAT_DTYPES,
+        lambda: group_knowledge_loss_native.load_cuda(native_cuda_module()),
+    )
+)
+registry.register(
+    registry.Implementation(
+        "group_knowledge_loss",
+        "triton",
+        group_knowledge_loss_triton.DEVICES,
+        group_knowledge_loss_triton.DTYPES,
+        group_knowledge_loss_triton.load_triton,
     )
 )
 

@@ -1,0 +1,442 @@
+// group_knowledge_loss on the GPU. A group of threads takes a row through all streams: one thread
+// per row where rows are adjacent and classes are not (dense prediction), a warp for up to 1,024
+// classes, a block for more. Classes are walked once per pass; the passes after the first find them
+// in cache. A group's knowledge is not stored: it is a weighted sum of the logits of the streams
+// that visited the group, which are read again.
+#include "common.cuh"
+#include "gkt_abi.h"
+
+namespace gkt {
+namespace {
+
+using Params = gkt_group_knowledge_loss_params;
+
+constexpr int kThreads = 128;
+constexpr int kMostClassesPerWarp = 1024;
+
+__device__ int64_t row_offset(const Params& p, const int64_t* strides, int64_t row) {
+  int64_t offset = 0;
+  for (int d = p.row_dims - 1; d > 0; --d) {
+    offset += row % p.row_sizes[d] * strides[d];
+    row /= p.row_sizes[d];
+  }
+  return offset + row * strides[0];
+}
+
+// softmax(n(x) / T) = exp((x - maximum) * scale) / sum with n(x) = (x - maximum) * slope + top.
+template <class Real>
+struct Softmax {
+  Real maximum, scale, sum, slope, top;
+};
+
+// Reduction over the kGroup threads that share a row.
+template <int kGroup, class T, class Combine>
+__device__ __forceinline__ T reduce(T value, Combine combine, T identity, T* scratch) {
+  if constexpr (kGroup == 1)
+    return value;
+  else if constexpr (kGroup == kWarpSize)
+    return warp_reduce(value, combine);
+  else
+    return block_reduce(value, combine, identity, scratch);
+}
+
+template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
+struct RowLoss {
+  using Real = Compute<T>;
+
+  const Params& p;
+  const double* counted_rows;
+  Real* scratch;           // of the block's reductions
+  double* sums;            // (S + 1) of this group: CE, the kd_s, the subnets' cross entropies
+  Softmax<Real>* visited;  // (S) of this group, for the knowledge of several loops
+  int lane;
+  const T* logits = nullptr;  // the row in stream 0
+  T* gradient = nullptr;
+  const void* targets = nullptr;
+  bool ce_counted = true, kd_counted = true;
+  int64_t label = -1;
+
+  __device__ Real sum(Real value) const { return reduce<kGroup>(value, Sum(), Real(0), scratch); }
+  __device__ Real max(Real value) const {
+    return reduce<kGroup>(value, Max(), -Real(INFINITY), scratch);
+  }
+
+  // Calls body(c) for the first of every kVector classes that this thread has.
+  template <class Body>
+  __device__ __forceinline__ void for_classes(const Body& body) const {
+    for (int64_t c = int64_t{lane} * kVector; c < p.classes; c += int64_t{kGroup} * kVector)
+      body(c);
+  }
+
+  __device__ __forceinline__ void load(int64_t stream, int64_t c, Real (&x)[kVector]) const {
+    const T* from = logits + stream * p.logits_stream_stride + c * p.logits_class_stride;
+    if constexpr (kVector == 1)
+      x[0] = to_compute(*from);
+    else
+      load_vector<T, kVector>(from, x);
+  }
+
+  // K of `group` after `visits` loops: the first counts ema^(visits - 1), a later one
+  // (1 - ema) * ema^(visits - 1 - visit).
+  __device__ __forceinline__ void load_knowledge(int64_t group, int64_t visits, int64_t c,
+                                                 Real (&k)[kVector]) const {
+    for (int i = 0; i < kVector; ++i) k[i] = 0;
+    for (int64_t visit = 0; visit < visits; ++visit) {
+      Real weight = visit == 0 ? Real(1) : Real(1 - p.ema);
+      for (int64_t later = visit + 1; later < visits; ++later) weight *= static_cast<Real>(p.ema);
+      if (weight == 0) continue;
+      const int64_t stream = visit * p.groups + group;
+      Real x[kVector];
+      load(stream, c, x);
+      const Softmax<Real> s = visited[stream];
+      for (int i = 0; i < kVector; ++i)
+        k[i] += weight * (kNormalized ? (x[i] - s.maximum) * s.slope + s.top : x[i]);
+    }
+  }
+
+  __device__ void load_teacher(int64_t stream, int64_t c, Real (&k)[kVector]) const {
+    if (kOneLoop)
+      load(stream - 1, c, k);
+    else
+      load_knowledge((stream - 1) % p.groups, visits(stream), c, k);
+  }
+
+  __device__ int64_t visits(int64_t stream) const {
+    return (stream - 1) % p.groups == 0 ? 1 : (stream - 1) / p.groups + 1;
+  }
+
+  __device__ Real probability(int64_t c) const {
+    const Real t = static_cast<const Real*>(targets)[c * p.targets_class_stride];
+    return t * Real(1 - p.label_smoothing) + Real(p.label_smoothing / double(p.classes));
+  }
+
+  __device__ void run(int64_t row) {
+    logits = static_cast<const T*>(p.logits) + row_offset(p, p.logits_row_strides, row);
+    if (p.gradient != nullptr)
+      gradient = static_cast<T*>(p.gradient) + row_offset(p, p.gradient_row_strides, row);
+    const int64_t target = row_offset(p, p.targets_row_strides, row);
+    if (p.probabilities) {
+      targets = static_cast<const Real*>(p.targets) + target;
+    } else {
+      label = static_cast<const int64_t*>(p.targets)[target];
+      ce_counted = label != p.ignore_index;
+    }
+    kd_counted = p.distill_ignored || ce_counted;
+    Softmax<Real> teacher{};
+    for (int64_t s = 0; s < p.streams; ++s) stream(s, teacher);
+  }
+
+  // `teacher` comes as the softmax of the stream before, and leaves as this stream's.
+  __device__ void stream(int64_t s, Softmax<Real>& teacher) {
+    const Real temperature = static_cast<Real>(p.temperature);
+    const Real per_class = static_cast<Real>(1.0 / static_cast<double>(p.classes));
+    const T* row = logits + s * p.logits_stream_stride;
+    const Real shift = to_compute(row[0]);  // keeps the mean of equal logits exact
+    Real x[kVector], k[kVector];
+
+    Softmax<Real> q;
+    Real maximum = -Real(INFINITY), total = 0;
+    for_classes([&](int64_t c) {
+      load(s, c, x);
+      for (int i = 0; i < kVector; ++i) {
+        maximum = x[i] > maximum ? x[i] : maximum;
+        total += x[i] - shift;
+      }
+    });
+    q.maximum = max(maximum);
+    const Real mean = sum(total) * per_class;
+    const Real maximum_minus_mean = (q.maximum - shift) - mean;
+    q.slope = 1;
+    if (kNormalized) {
+      Real squares = 0;
+      for_classes([&](int64_t c) {
+        load(s, c, x);
+        for (int i = 0; i < kVector; ++i) {
+          const Real deviation = x[i] - shift - mean;
+          squares += deviation * deviation;
+        }
+      });
+      q.slope = 1 / sqrt(sum(squares) * per_class + static_cast<Real>(p.eps));
+    }
+    q.top = maximum_minus_mean * q.slope;
+    q.scale = q.slope / temperature;
+
+    const double ce_weight = s == 0 ? p.ce_weight : p.subnet_ce_weight;
+    const bool has_ce = s == 0 || ce_weight != 0;
+    Real raw_total = 0;
+    total = 0;
+    for_classes([&](int64_t c) {
+      load(s, c, x);
+      for (int i = 0; i < kVector; ++i) {
+        total += exp((x[i] - q.maximum) * q.scale);
+        if (has_ce) raw_total += exp(x[i] - q.maximum);
+      }
+    });
+    q.sum = sum(total);
+    raw_total = has_ce ? sum(raw_total) : Real(1);
+    if (!kOneLoop) {
+      if (lane == 0) visited[s] = q;
+      if constexpr (kGroup == kWarpSize) __syncwarp();
+      if constexpr (kGroup > kWarpSize) __syncthreads();
+      if (s > 0) teacher = soften_knowledge(s);
+    }
+
+    Real dot = 0;
+    const Real log_ratio = log(q.sum) - log(teacher.sum);
+    if (s > 0) {
+      Real divergence = 0;
+      for_classes([&](int64_t c) {
+        load(s, c, x);
+        load_teacher(s, c, k);
+        for (int i = 0; i < kVector; ++i) {
+          Real summand;
+          const Real change = compare(x[i], k[i], q, teacher, log_ratio, summand);
+          divergence += summand;
+          if (kNormalized) dot += change * ((x[i] - q.maximum) * q.slope + q.top);
+        }
+      });
+      divergence = sum(divergence);
+      if (kNormalized) dot = sum(dot) * per_class;
+      if (lane == 0 && kd_counted)
+        sums[s] += static_cast<double>(divergence * temperature * temperature);
+    }
+    Real target_total = 1;
+    if (has_ce) {
+      const Real value =
+          cross_entropy(s, q.maximum, maximum_minus_mean, log(raw_total), target_total);
+      if (lane == 0 && ce_counted) sums[s == 0 ? 0 : p.streams] += static_cast<double>(value);
+    }
+    if (gradient != nullptr)
+      differentiate(s, q, teacher, log_ratio, dot, ce_weight, target_total / raw_total);
+    teacher = q;
+  }
+
+  __device__ Softmax<Real> soften_knowledge(int64_t s) const {
+    Softmax<Real> teacher{};
+    teacher.scale = 1 / static_cast<Real>(p.temperature);
+    Real k[kVector], maximum = -Real(INFINITY), total = 0;
+    for_classes([&](int64_t c) {
+      load_teacher(s, c, k);
+      for (int i = 0; i < kVector; ++i) maximum = k[i] > maximum ? k[i] : maximum;
+    });
+    teacher.maximum = max(maximum);
+    for_classes([&](int64_t c) {
+      load_teacher(s, c, k);
+      for (int i = 0; i < kVector; ++i) total += exp((k[i] - teacher.maximum) * teacher.scale);
+    });
+    teacher.sum = sum(total);
+    return teacher;
+  }
+
+  // q - p, and the divergence's summand p (exp(d) - 1 - d) for d = log q - log p: both accurate for
+  // small d, and errors of the logarithms cancel to first order in the sum.
+  __device__ static Real compare(Real x, Real k, const Softmax<Real>& student,
+                                 const Softmax<Real>& teacher, Real log_ratio, Real& summand) {
+    constexpr Real kNear = sizeof(Real) == 4 ? Real(0.5) : Real(1e-3);
+    const Real student_d = (x - student.maximum) * student.scale;
+    const Real teacher_d = (k - teacher.maximum) * teacher.scale;
+    const Real q = exp(student_d) / student.sum, prob = exp(teacher_d) / teacher.sum;
+    const Real d = student_d - teacher_d - log_ratio;
+    if (d < kNear && d > -kNear) {
+      Real series = d * Real(1.0 / 5040) + Real(1.0 / 720);
+      series = series * d + Real(1.0 / 120);
+      series = series * d + Real(1.0 / 24);
+      series = series * d + Real(1.0 / 6);
+      series = series * d + Real(0.5);
+      summand = prob * (series * (d * d));
+      return summand + prob * d;
+    }
+    summand = q - prob - (prob == 0 ? Real(0) : prob * d);  // 0 log 0 = 0, also for -inf
+    return q - prob;
+  }
+
+  __device__ Real cross_entropy(int64_t s, Real maximum, Real maximum_minus_mean, Real log_sum,
+                                Real& target_total) const {
+    if (p.probabilities) {
+      Real value = 0, total = 0, x[kVector];
+      for_classes([&](int64_t c) {
+        load(s, c, x);
+        for (int i = 0; i < kVector; ++i) {
+          const Real t = probability(c + i);
+          value += t * ((maximum - x[i]) + log_sum);
+          total += t;
+        }
+      });
+      target_total = sum(total);
+      return sum(value);
+    }
+    if (!ce_counted) return 0;
+    const Real chosen =
+        to_compute(logits[s * p.logits_stream_stride + label * p.logits_class_stride]);
+    const Real nll = (maximum - chosen) + log_sum, smoothing = Real(p.label_smoothing);
+    if (p.label_smoothing == 0) return nll;
+    return nll * (1 - smoothing) + (maximum_minus_mean + log_sum) * smoothing;
+  }
+
+  __device__ void differentiate(int64_t s, const Softmax<Real>& q, const Softmax<Real>& teacher,
+                                Real log_ratio, Real dot, double ce_weight,
+                                Real softmax_factor) const {
+    const bool distilled = s > 0 && p.kd_weight != 0, has_ce = ce_weight != 0;
+    const Real ce = ce_counted ? Real(ce_weight * p.gradient_scale / counted_rows[0]) : Real(0);
+    const Real kd = kd_counted
+                        ? Real(p.kd_weight * p.temperature * p.gradient_scale / counted_rows[1])
+                        : Real(0);
+    const Real one_hot = ce * Real(1 - p.label_smoothing);
+    const Real uniform =
+        p.probabilities ? Real(0) : ce * Real(p.label_smoothing / double(p.classes));
+    T* to = gradient + s * p.gradient_stream_stride;
+    for_classes([&](int64_t c) {
+      Real x[kVector], k[kVector], g[kVector];
+      load(s, c, x);
+      if (distilled) load_teacher(s, c, k);
+      for (int i = 0; i < kVector; ++i) {
+        g[i] = 0;
+        if (distilled) {
+          Real summand;
+          g[i] = compare(x[i], k[i], q, teacher, log_ratio, summand);
+          // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = q - p, whose sum is zero.
+          if (kNormalized) g[i] -= ((x[i] - q.maximum) * q.slope + q.top) * dot;
+          g[i] *= kd * q.slope;
+        }
+        if (has_ce) {
+          g[i] += exp(x[i] - q.maximum) * (ce * softmax_factor);
+          if (p.probabilities)
+            g[i] -= ce * probability(c + i);
+          else
+            g[i] -= uniform + (c + i == label ? one_hot : Real(0));
+        }
+      }
+      if constexpr (kVector == 1)
+        to[c * p.gradient_class_stride] = from_compute<T>(g[0]);
+      else
+        store_vector<T, kVector>(to + c, g);
+    });
+  }
+};
+
+template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
+__global__ void __launch_bounds__(kThreads)
+    loss_kernel(const Params p, int64_t rows, const double* counted_rows, double* partials) {
+  using Real = Compute<T>;
+  constexpr int kGroups = kThreads / kGroup;
+  GKT_DYNAMIC_SHARED(double, sums);  // (kGroups, S + 1), then (kGroups, S) of Softmax
+  __shared__ Real scratch[kMaxWarps];
+  const int terms = static_cast<int>(p.streams) + 1, group = static_cast<int>(threadIdx.x) / kGroup;
+  Softmax<Real>* visited = reinterpret_cast<Softmax<Real>*>(sums + kGroups * terms);
+  for (int i = static_cast<int>(threadIdx.x); i < kGroups * terms; i += kThreads) sums[i] = 0;
+  __syncthreads();
+  RowLoss<T, kGroup, kVector, kNormalized, kOneLoop> loss{p,
+                                                          counted_rows,
+                                                          scratch,
+                                                          sums + group * terms,
+                                                          visited + group * p.streams,
+                                                          static_cast<int>(threadIdx.x) % kGroup};
+  for (int64_t row = int64_t{blockIdx.x} * kGroups + group; row < rows;
+       row += int64_t{gridDim.x} * kGroups)
+    loss.run(row);
+  __syncthreads();
+  for (int s = static_cast<int>(threadIdx.x); s < terms; s += kThreads) {
+    double total = 0;
+    for (int g = 0; g < kGroups; ++g) total += sums[g * terms + s];
+    partials[int64_t{blockIdx.x} * terms + s] = total;
+  }
+}
+
+// Adds up the blocks' sums, in an order that depends on their number alone.
+template <class Real>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Params p, int blocks, const double* counted_rows, const double* partials) {
+  __shared__ double scratch[kMaxWarps];
+  const int terms = static_cast<int>(p.streams) + 1;
+  double loss = 0;
+  for (int s = 0; s < terms; ++s) {
+    double sum = 0;
+    for (int block = static_cast<int>(threadIdx.x); block < blocks; block += kThreads)
+      sum += partials[int64_t{block} * terms + s];
+    sum = block_reduce(sum, Sum(), 0.0, scratch);
+    const bool subnet_ce = s == p.streams;
+    const double mean = sum / counted_rows[s == 0 || subnet_ce ? 0 : 1];
+    const double weight = s == 0          ? p.ce_weight
+                          : !subnet_ce    ? p.kd_weight
+                          : p.streams > 1 ? p.subnet_ce_weight
+                                          : 0.0;
+    if (weight != 0) loss += weight * mean;
+    if (threadIdx.x == 0 && !subnet_ce) static_cast<Real*>(p.terms)[s] = static_cast<Real>(mean);
+  }
+  if (threadIdx.x == 0) *static_cast<Real*>(p.loss) = static_cast<Real>(loss);
+}
+
+template <class T, int kGroup, int kVector>
+void launch_loss(const Params& p, int64_t rows, const double* counted_rows, double* partials,
+                 void* stream) {
+  using Real = Compute<T>;
+  constexpr int kGroups = kThreads / kGroup;
+  int64_t blocks = (rows + kGroups - 1) / kGroups;
+  if (blocks > GKT_MAX_PARTIALS) blocks = GKT_MAX_PARTIALS;
+  const bool one_loop = p.streams - 1 <= p.groups;
+  const size_t shared = kGroups * (static_cast<size_t>(p.streams + 1) * sizeof(double) +
+                                   (one_loop ? 0 : p.streams) * sizeof(Softmax<Real>));
+  if (blocks > 0)
+    dispatch_bool(p.normalize_logits != 0, [&](auto normalized) {
+      dispatch_bool(one_loop, [&](auto once) {
+        constexpr bool kNormalized = decltype(normalized)::value, kOneLoop = decltype(once)::value;
+        launch<loss_kernel<T, kGroup, kVector, kNormalized, kOneLoop>>(
+            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, p, rows,
+            counted_rows, partials);
+      });
+    });
+  launch<finish_kernel<Real>>(dim3(1), dim3(kThreads), 0, stream, p, static_cast<int>(blocks),
+                              counted_rows, static_cast<const double*>(partials));
+}
+
+// Whether every row of every stream can be moved in 16-byte accesses.
+template <class T>
+bool vectorizable(const Params& p) {
+  constexpr int kVector = kVectorSize<T>;
+  const auto aligned = [&](const void* address, int64_t class_stride, int64_t stream_stride,
+                           const int64_t* row_strides) {
+    if (class_stride != 1 || !is_vectorizable<T, kVector>(address, p.classes, stream_stride))
+      return false;
+    for (int d = 0; d < p.row_dims; ++d)
+      if (p.row_sizes[d] > 1 && row_strides[d] % kVector != 0) return false;
+    return true;
+  };
+  return aligned(p.logits, p.logits_class_stride, p.logits_stream_stride, p.logits_row_strides) &&
+         (p.gradient == nullptr || aligned(p.gradient, p.gradient_class_stride,
+                                           p.gradient_stream_stride, p.gradient_row_strides));
+}
+
+template <class T>
+void launch_for(const Params& p, int64_t rows, const double* counted_rows, double* partials,
+                void* stream) {
+  constexpr int64_t kMostStreamsPerThread = 16;  // whose sums fit into shared memory
+  const bool rows_adjacent =
+      p.logits_row_strides[p.row_dims - 1] == 1 && p.logits_class_stride != 1;
+  const bool vectors = vectorizable<T>(p);
+  if (rows_adjacent && p.classes <= kMostClassesPerWarp && p.streams <= kMostStreamsPerThread)
+    launch_loss<T, 1, 1>(p, rows, counted_rows, partials, stream);
+  else if (p.classes <= kMostClassesPerWarp && vectors)
+    launch_loss<T, kWarpSize, kVectorSize<T>>(p, rows, counted_rows, partials, stream);
+  else if (p.classes <= kMostClassesPerWarp)
+    launch_loss<T, kWarpSize, 1>(p, rows, counted_rows, partials, stream);
+  else if (vectors)
+    launch_loss<T, kThreads, kVectorSize<T>>(p, rows, counted_rows, partials, stream);
+  else
+    launch_loss<T, kThreads, 1>(p, rows, counted_rows, partials, stream);
+}
+
+}  // namespace
+}  // namespace gkt
+
+extern "C" int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params,
+                                             const double* counted_rows, double* partials,
+                                             void* stream) {
+  return gkt::guarded([&] {
+    int64_t rows = 1;
+    for (int d = 0; d < params->row_dims; ++d) rows *= params->row_sizes[d];
+    gkt::dispatch_dtype(params->dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      gkt::launch_for<T>(*params, rows, counted_rows, partials, stream);
+    });
+  });
+}
