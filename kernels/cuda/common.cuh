@@ -203,23 +203,31 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with more than 48 KiB of dynamic
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with more than 48 KiB of dynamic
 // shared memory allowed; throws what the launch reports. An empty grid is an error, as in CUDA.
-template <auto Kernel, class... Arguments>
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                   const Arguments&... arguments) {
+template <class... Parameters, class... Arguments>
+inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   void* stream, const Arguments&... arguments) {
 #ifdef __CUDACC__
   if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "dynamic shared memory");
-  Kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check_cuda(cudaGetLastError(), "kernel launch");
 #else
   (void)stream;
-  cuda_host::launch_kernel(__PRETTY_FUNCTION__, Kernel, grid, block, shared_bytes, arguments...);
+  cuda_host::launch_kernel(kernel, grid, block, shared_bytes, arguments...);
   cuda_host::raise_pending_error();
 #endif
+}
+
+// The same with the kernel as a template argument. Not for a generic lambda whose parameters the
+// kernel does not depend on: g++ does not instantiate it there.
+template <auto Kernel, class... Arguments>
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  launch(Kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 template <class T>

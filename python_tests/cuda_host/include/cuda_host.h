@@ -56,7 +56,7 @@ using Entry = void (*)(const void* arguments);
 
 // Runs entry(arguments) once per thread of every block, in order. Returns nothing; a violation
 // becomes the pending error that raise_pending_error() throws.
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry,
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry,
             const void* arguments, size_t argument_bytes);
 void raise_pending_error();
 

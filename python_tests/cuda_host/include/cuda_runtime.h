@@ -275,15 +275,15 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
 namespace cuda_host {
 
 template <class... Parameters, class... Arguments>
-inline void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                          size_t shared_bytes, Arguments&&... arguments) {
+inline void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                          Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   };
   const Call call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   launch(
-      name, grid, block, shared_bytes,
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](const void* opaque) {
         const Call& call = *static_cast<const Call*>(opaque);
         std::apply(call.kernel, call.arguments);

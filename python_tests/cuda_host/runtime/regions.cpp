@@ -44,12 +44,12 @@ void sort(std::vector<Range>& ranges) {
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
 }
 
-// This shared library, and the static variables of its functions: `__shared__` ones are among its
+// This shared library, its functions, and their static variables: `__shared__` ones are among its
 // zero-initialised data.
 struct Image {
   uintptr_t base = 0;
   Range all, zeroed;
-  std::vector<Range> variables;
+  std::vector<Range> variables, functions;
   std::string path;
 };
 
@@ -71,18 +71,17 @@ int find_image(dl_phdr_info* info, size_t, void* opaque) {
   return 1;
 }
 
-std::string demangled(const char* symbol) {
+std::string demangled(const std::string& symbol) {
   int status = 0;
-  char* text = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
-  std::string name = status == 0 ? text : symbol;
+  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  const std::string name = status == 0 ? text : symbol;
   std::free(text);
-  const size_t scope = name.rfind("::");
-  return scope == std::string::npos ? name : name.substr(scope + 2);
+  return name;
 }
 
-// Function-local static variables, from the symbol table of the library's file. build.py has put a
-// red zone, a symbol of its own, behind each.
-std::vector<Range> read_variables(const Image& image) {
+// Functions and their static variables, from the symbol table of the library's file. build.py has
+// put a red zone, a symbol of its own, behind each variable.
+void read_symbols(Image& image) {
   std::ifstream file(image.path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   if (bytes.size() < sizeof(ElfW(Ehdr)))
@@ -90,7 +89,6 @@ std::vector<Range> read_variables(const Image& image) {
   const auto at = [&](size_t offset) { return bytes.data() + offset; };
   const auto& header = *reinterpret_cast<const ElfW(Ehdr)*>(at(0));
   const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(at(header.e_shoff));
-  std::vector<Range> variables;
   for (int i = 0; i < header.e_shnum; ++i) {
     if (sections[i].sh_type != SHT_SYMTAB) continue;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(at(sections[i].sh_offset));
@@ -98,14 +96,17 @@ std::vector<Range> read_variables(const Image& image) {
     for (size_t j = 0; j < sections[i].sh_size / sizeof(ElfW(Sym)); ++j) {
       const char* name = names + symbols[j].st_name;
       const uintptr_t begin = image.base + symbols[j].st_value;
-      if (ELF64_ST_TYPE(symbols[j].st_info) != STT_OBJECT || std::strncmp(name, "_ZZ", 3) != 0 ||
-          std::strstr(name, ".redzone") != nullptr || !image.zeroed.contains(begin))
-        continue;
-      variables.push_back({begin, begin + symbols[j].st_size, demangled(name)});
+      const Range range{begin, begin + symbols[j].st_size, name};
+      const int type = ELF64_ST_TYPE(symbols[j].st_info);
+      if (type == STT_FUNC && symbols[j].st_size != 0)
+        image.functions.push_back(range);
+      else if (type == STT_OBJECT && std::strncmp(name, "_ZZ", 3) == 0 &&
+               std::strstr(name, ".redzone") == nullptr && image.zeroed.contains(begin))
+        image.variables.push_back(range);
     }
   }
-  sort(variables);
-  return variables;
+  sort(image.functions);
+  sort(image.variables);
 }
 
 const Image& image() {
@@ -114,7 +115,7 @@ const Image& image() {
     dl_iterate_phdr(&find_image, &result);
     Dl_info info;
     if (dladdr(reinterpret_cast<void*>(&find_image), &info) != 0) result.path = info.dli_fname;
-    result.variables = read_variables(result);
+    read_symbols(result);
     return result;
   }();
   return found;
@@ -130,8 +131,15 @@ Regions regions;
 thread_local Range host_stack;
 std::vector<Range> buffers;  // sorted; empty: any mapped address may be accessed
 
+// "gkt::kernel<float>(...)::tile" -> "tile"; other names stay.
+std::string short_name(const Range& range) {
+  const std::string name = demangled(range.name);
+  const size_t scope = name.rfind("::");
+  return scope == std::string::npos ? name : name.substr(scope + 2);
+}
+
 std::string offset_text(uintptr_t address, const Range& range) {
-  return "byte " + std::to_string(address - range.begin) + " of " + range.name + " of " +
+  return "byte " + std::to_string(address - range.begin) + " of " + short_name(range) + " of " +
          std::to_string(range.end - range.begin) + " bytes";
 }
 
@@ -218,7 +226,22 @@ std::string region_name(uintptr_t address, Space space) {
   if (space == Space::global) return "global memory";
   const Range* variable = last_before(regions.library->variables, address);
   if (variable == nullptr || !variable->contains(address)) return "dynamic shared memory";
-  return "shared memory '" + variable->name + "'";
+  return "shared memory '" + short_name(*variable) + "'";
+}
+
+// With template arguments, without namespaces, return type and parameters.
+std::string kernel_name(const void* function) {
+  const Range* range = last_before(image().functions, reinterpret_cast<uintptr_t>(function));
+  if (range == nullptr) return "unknown";
+  std::string name = demangled(range->name);
+  for (const std::string prefix : {"void ", "gkt::", "(anonymous namespace)::"})
+    if (name.rfind(prefix, 0) == 0) name.erase(0, prefix.size());
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
 }
 
 std::string source_line(uint32_t site) {

@@ -80,6 +80,7 @@ void poison_dynamic_shared_memory();
 // What the accessed memory is; sets `violation` where the running thread may not access it.
 Space classify(uintptr_t address, size_t bytes, Kind kind, std::string& violation);
 std::string region_name(uintptr_t address, Space space);
+std::string kernel_name(const void* function);
 uint32_t site_of(const void* return_address);  // an offset into this library
 // "FILE:LINE", and " from FILE:LINE" where that was inlined.
 std::string source_line(uint32_t site);

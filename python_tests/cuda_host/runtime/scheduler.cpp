@@ -94,18 +94,6 @@ std::string invalid_configuration(dim3 grid, dim3 block, size_t shared_bytes) {
   return "";
 }
 
-// "gkt::launch<...>(...) [with auto Kernel = NAME; ...]" -> NAME
-std::string kernel_name(const std::string& name) {
-  const std::string marker = "auto Kernel = ";
-  const size_t begin = name.find(marker);
-  if (begin == std::string::npos) return name;
-  size_t end = begin + marker.size();
-  for (int depth = 0; end < name.size() && !(depth == 0 && (name[end] == ';' || name[end] == ']'));
-       ++end)
-    depth += (name[end] == '[') - (name[end] == ']');
-  return name.substr(begin + marker.size(), end - begin - marker.size());
-}
-
 }  // namespace
 
 bool has_violation() { return !violation.empty(); }
@@ -154,7 +142,7 @@ void trap(Site site) {
   __builtin_unreachable();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry,
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry,
             const void* arguments, size_t argument_bytes) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   if (!pending_error.empty()) return;
