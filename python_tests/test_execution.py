@@ -90,8 +90,11 @@ def test_masks_neither_ordered_nor_nested(seed, policy):
 def test_torchvision_resnets_equal_the_plain_loop(build, groups, loops, sampler, policy):
     model = build()
     config = GKTConfig(groups=groups, loops=loops, batch_norm=policy, sampler=sampler)
-    inputs, targets = batch(pixels=32)
-    assert_modes_agree(model, inputs, targets, dropped_of(model, config, step=1), config)
+    inputs, targets = batch(pixels=64)
+    dropped = dropped_of(model, config, step=1)
+    assert_modes_agree(
+        model, inputs, targets, dropped, config, floor=1e-12
+    )  # sums of large terms that cancel
 
 
 OPTIONS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_step import (
-    MODES,
+    ONE_BY_ONE,
     assert_modes_agree,
     assert_same,
     one_thread,  # noqa: F401
@@ -46,7 +46,7 @@ class SkipPair(nn.Module):
 
 def test_blocks_that_take_and_return_two_values():
     inputs, targets = batch()
-    assert_modes_agree(PairNet(PairBlock), inputs, targets, SOME, CONFIG, skip=SkipPair)
+    assert_modes_agree(PairNet(PairBlock), inputs, targets, SOME, CONFIG, ONE_BY_ONE, skip=SkipPair)
 
 
 class TupleBlock(Block):
@@ -90,7 +90,7 @@ def test_blocks_that_return_a_tuple_of_one_and_take_more_arguments():
     )
     expected.gradients = {name.removeprefix("model."): g for name, g in expected.gradients.items()}
     expected.buffers = {name.removeprefix("model."): b for name, b in expected.buffers.items()}
-    for mode in MODES:
+    for mode in ONE_BY_ONE:
         actual = package_step(mode, copy.deepcopy(wrapped.model), (images, mask), targets, SOME, CONFIG)
         assert_same(actual, expected)
 
@@ -114,7 +114,7 @@ class TupleInNet(Net):
 
 def test_block_that_writes_into_a_tensor_of_a_tuple():
     inputs, targets = batch()
-    assert_modes_agree(TupleInNet(TupleInBlock), inputs, targets, SOME, CONFIG, stages=STAGES)
+    assert_modes_agree(TupleInNet(TupleInBlock), inputs, targets, SOME, CONFIG, ONE_BY_ONE, stages=STAGES)
 
 
 class ThreeFromOne(Block):
@@ -131,14 +131,14 @@ class ThreeFromOneNet(Net):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ONE_BY_ONE)
 def test_block_that_returns_more_than_it_takes_is_a_clear_error(mode):
     inputs, targets = batch()
     with pytest.raises(ValueError, match=r"block 'blocks\.0' takes 1 values and returns 3"):
         package_step(mode, ThreeFromOneNet(ThreeFromOne), inputs, targets, SOME, CONFIG)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ONE_BY_ONE)
 def test_keyword_activations(mode):
     class KeywordNet(Net):
         def forward(self, x):

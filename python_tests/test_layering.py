@@ -21,11 +21,13 @@ ALLOWED = {
     "gkt_fast.subnet": [],
     "gkt_fast.sampling": ["gkt_fast.config", "gkt_fast.subnet"],
     "gkt_fast.plan": ["gkt_fast.config", "gkt_fast.subnet"],
+    "gkt_fast.budget": ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan"],
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
     "gkt_fast.norm": ["gkt_fast.ops*"],
+    "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
     "gkt_fast.execution*": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm",
@@ -33,7 +35,7 @@ ALLOWED = {
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.flops",
+        "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
     ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],
@@ -44,7 +46,7 @@ ALLOWED = {
 ABOVE = ["gkt_fast.cli*", "gkt_fast.__main__"]
 """What no other module may import. Modules without a row (trainer, checkpoint, ...) may import the rest."""
 
-TORCH_FREE = ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan"]
+TORCH_FREE = ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan", "gkt_fast.budget"]
 ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""

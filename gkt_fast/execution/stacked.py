@@ -47,7 +47,8 @@ def reason_against_stacking(model: nn.Module) -> str | None:
                     return f"{name} averages its running statistics over all stacked states"
                 continue
             return f"{name} looks across the batch in a way of its own"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if module._backward_hooks or any(hook is not _refuse_recomputation for hook in hooks):
             return f"{name} has hooks, which would see several states as one batch"
     return None
 
@@ -70,6 +71,7 @@ def run_stacked(
     plan = make_plan(network.layers(), streams.dropped)
     statistics = StreamStatistics(streams.config.batch_norm)
     stack = _Stack(plan, network, statistics)
+    _unwatch([module for module in network.model.modules() if isinstance(module, _BATCH_NORMS)])
     norms = find_layers(network.model, _BATCH_NORMS)
     with (
         intercept(network.model, norms, _call_batch_norm),
@@ -79,7 +81,7 @@ def run_stacked(
     check_called(network.sites, network.returns)
     statistics.update()
     loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
-    _refuse_recomputation(network.model, loss)
+    _watch_backward(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
 
 
@@ -87,23 +89,33 @@ def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -
     return run_batch_norm(module, *args, **kwargs)
 
 
-def _refuse_recomputation(model: nn.Module, loss: Tensor) -> None:
-    """A BatchNorm that runs during backward would take all stacked states for one batch."""
+def _watch_backward(model: nn.Module, loss: Tensor) -> None:
+    """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
     layers = [module for module in model.modules() if isinstance(module, _BATCH_NORMS) and module.training]
 
-    def refuse(layer: nn.Module, args: tuple) -> None:
+    def watch(gradient: Tensor) -> None:
+        _unwatch(layers)  # of a backward that failed
+        for layer in layers:
+            layer.register_forward_pre_hook(_refuse_recomputation)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _unwatch(layers))
+
+    if layers and loss.requires_grad:
+        loss.register_hook(watch)
+
+
+def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
+    if torch._C._current_graph_task_id() != -1:
         raise StackingError(
             "a BatchNorm was recomputed during backward (activation checkpointing), where execution='stacked' can't "
             "tell the states apart. Use execution='shared' or 'lean'"
         )
 
-    def refuse_during_backward(gradient: Tensor) -> None:
-        hooks = [layer.register_forward_pre_hook(refuse) for layer in layers]
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: [hook.remove() for hook in hooks])
 
-    if layers and loss.requires_grad:
-        loss.register_hook(refuse_during_backward)
+def _unwatch(layers: list[nn.Module]) -> None:
+    for layer in layers:
+        for key, hook in [*layer._forward_pre_hooks.items()]:
+            if hook is _refuse_recomputation:
+                del layer._forward_pre_hooks[key]
 
 
 class _Stack:
