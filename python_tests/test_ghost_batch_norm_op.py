@@ -29,6 +29,7 @@ def leaves(*shape, **options):
     return [tensors[name].requires_grad_() for name in ("x", "weight", "bias", "residual")], tensors["grad_y"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of opcheck's own copies
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_opcheck(backend, layout):
     (x, weight, bias, residual), _ = leaves(8, 3, 4, 4, layout=layout)
