@@ -12,8 +12,8 @@ what was in use before it, and includes the gradient.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import csv
+import ctypes
 import gc
 import warnings
 from collections.abc import Callable

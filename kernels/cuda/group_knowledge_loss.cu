@@ -49,10 +49,11 @@ __device__ int64_t row_offset(const Params& p, const int64_t* strides, uint32_t 
   return offset + static_cast<int64_t>(row) * strides[0];
 }
 
-// softmax(n(x) / T) = exp((x - maximum) * scale) / sum with n(x) = (x - maximum) * slope + top.
+// softmax(n(x) / T) = exp((x - maximum) * scale) * inverse_sum with n(x) = (x - maximum) * slope +
+// top.
 template <class Real>
 struct Softmax {
-  Real maximum, scale, sum, slope, top;
+  Real maximum, scale, sum, inverse_sum, slope, top;
 };
 
 // Reduction over the kGroup threads that share a row.
@@ -199,6 +200,7 @@ struct RowLoss {
       }
     });
     q.sum = sum(total);
+    q.inverse_sum = 1 / q.sum;
     raw_total = has_ce ? sum(raw_total) : Real(1);
     if (!kOneLoop) {
       if (lane == 0) visited[s] = q;
@@ -251,6 +253,7 @@ struct RowLoss {
       for (int i = 0; i < kVector; ++i) total += exp((k[i] - teacher.maximum) * teacher.scale);
     });
     teacher.sum = sum(total);
+    teacher.inverse_sum = 1 / teacher.sum;
     return teacher;
   }
 
@@ -261,7 +264,8 @@ struct RowLoss {
     constexpr Real kNear = sizeof(Real) == 4 ? Real(0.5) : Real(1e-3);
     const Real student_d = (x - student.maximum) * student.scale;
     const Real teacher_d = (k - teacher.maximum) * teacher.scale;
-    const Real q = exp(student_d) / student.sum, prob = exp(teacher_d) / teacher.sum;
+    const Real q = exp(student_d) * student.inverse_sum;
+    const Real prob = exp(teacher_d) * teacher.inverse_sum;
     const Real d = student_d - teacher_d - log_ratio;
     if (d < kNear && d > -kNear) {
       Real series = d * Real(1.0 / 5040) + Real(1.0 / 720);
