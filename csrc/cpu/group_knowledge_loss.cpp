@@ -47,7 +47,7 @@ void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
 // With few classes a vector of them is mostly unused lanes and reductions.
 template <class T>
 bool rows_in_lanes(const Params& p) {
-  constexpr int64_t kFewClasses = 4 * kLanes<typename Compute<T>::Type>;
+  constexpr int64_t kFewClasses = 8 * kLanes<typename Compute<T>::Type>;
   const int inner = p.row_dims - 1;
   return p.classes < kFewClasses ||
          (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);

@@ -14,19 +14,46 @@ using Params = gkt_group_knowledge_loss_params;
 constexpr int kThreads = 128;
 constexpr int kMostClassesPerWarp = 1024;
 
-__device__ int64_t row_offset(const Params& p, const int64_t* strides, int64_t row) {
-  int64_t offset = 0;
-  for (int d = p.row_dims - 1; d > 0; --d) {
-    offset += row % p.row_sizes[d] * strides[d];
-    row /= p.row_sizes[d];
-  }
-  return offset + row * strides[0];
+// The options in the type that they are used in: the GPU divides and converts double slowly.
+template <class Real>
+struct Options {
+  int streams, groups;
+  Real ema, temperature, eps, kd_weight, ce_weight, subnet_ce_weight, gradient_scale;
+  Real smoothing, uniform, per_class;  // uniform: smoothing spread over the classes
+};
+
+template <class Real>
+Options<Real> make_options(const Params& p) {
+  const double classes = static_cast<double>(p.classes);
+  return {static_cast<int>(p.streams),
+          static_cast<int>(p.groups),
+          static_cast<Real>(p.ema),
+          static_cast<Real>(p.temperature),
+          static_cast<Real>(p.eps),
+          static_cast<Real>(p.kd_weight),
+          static_cast<Real>(p.ce_weight),
+          static_cast<Real>(p.subnet_ce_weight),
+          static_cast<Real>(p.gradient_scale),
+          static_cast<Real>(p.label_smoothing),
+          static_cast<Real>(p.label_smoothing / classes),
+          static_cast<Real>(1 / classes)};
 }
 
-// softmax(n(x) / T) = exp((x - maximum) * scale) / sum with n(x) = (x - maximum) * slope + top.
+__device__ int64_t row_offset(const Params& p, const int64_t* strides, uint32_t row) {
+  int64_t offset = 0;
+  for (int d = p.row_dims - 1; d > 0; --d) {
+    const uint32_t size = static_cast<uint32_t>(p.row_sizes[d]);
+    offset += static_cast<int64_t>(row % size) * strides[d];
+    row /= size;
+  }
+  return offset + static_cast<int64_t>(row) * strides[0];
+}
+
+// softmax(n(x) / T) = exp((x - maximum) * scale) * inverse_sum with n(x) = (x - maximum) * slope +
+// top.
 template <class Real>
 struct Softmax {
-  Real maximum, scale, sum, slope, top;
+  Real maximum, scale, sum, inverse_sum, slope, top;
 };
 
 // Reduction over the kGroup threads that share a row.
@@ -45,7 +72,8 @@ struct RowLoss {
   using Real = Compute<T>;
 
   const Params& p;
-  const double* counted_rows;
+  const Options<Real>& o;
+  Real ce_rows, kd_rows;   // how many the means count
   Real* scratch;           // of the block's reductions
   double* sums;            // (S + 1) of this group: CE, the kd_s, the subnets' cross entropies
   Softmax<Real>* visited;  // (S) of this group, for the knowledge of several loops
@@ -68,7 +96,7 @@ struct RowLoss {
       body(c);
   }
 
-  __device__ __forceinline__ void load(int64_t stream, int64_t c, Real (&x)[kVector]) const {
+  __device__ __forceinline__ void load(int stream, int64_t c, Real (&x)[kVector]) const {
     const T* from = logits + stream * p.logits_stream_stride + c * p.logits_class_stride;
     if constexpr (kVector == 1)
       x[0] = to_compute(*from);
@@ -78,14 +106,14 @@ struct RowLoss {
 
   // K of `group` after `visits` loops: the first counts ema^(visits - 1), a later one
   // (1 - ema) * ema^(visits - 1 - visit).
-  __device__ __forceinline__ void load_knowledge(int64_t group, int64_t visits, int64_t c,
+  __device__ __forceinline__ void load_knowledge(int group, int visits, int64_t c,
                                                  Real (&k)[kVector]) const {
     for (int i = 0; i < kVector; ++i) k[i] = 0;
-    for (int64_t visit = 0; visit < visits; ++visit) {
-      Real weight = visit == 0 ? Real(1) : Real(1 - p.ema);
-      for (int64_t later = visit + 1; later < visits; ++later) weight *= static_cast<Real>(p.ema);
+    for (int visit = 0; visit < visits; ++visit) {
+      Real weight = visit == 0 ? Real(1) : 1 - o.ema;
+      for (int later = visit + 1; later < visits; ++later) weight *= o.ema;
       if (weight == 0) continue;
-      const int64_t stream = visit * p.groups + group;
+      const int stream = visit * o.groups + group;
       Real x[kVector];
       load(stream, c, x);
       const Softmax<Real> s = visited[stream];
@@ -94,23 +122,23 @@ struct RowLoss {
     }
   }
 
-  __device__ void load_teacher(int64_t stream, int64_t c, Real (&k)[kVector]) const {
+  __device__ void load_teacher(int stream, int64_t c, Real (&k)[kVector]) const {
     if (kOneLoop)
       load(stream - 1, c, k);
     else
-      load_knowledge((stream - 1) % p.groups, visits(stream), c, k);
+      load_knowledge((stream - 1) % o.groups, visits(stream), c, k);
   }
 
-  __device__ int64_t visits(int64_t stream) const {
-    return (stream - 1) % p.groups == 0 ? 1 : (stream - 1) / p.groups + 1;
+  __device__ int visits(int stream) const {
+    return (stream - 1) % o.groups == 0 ? 1 : (stream - 1) / o.groups + 1;
   }
 
   __device__ Real probability(int64_t c) const {
     const Real t = static_cast<const Real*>(targets)[c * p.targets_class_stride];
-    return t * Real(1 - p.label_smoothing) + Real(p.label_smoothing / double(p.classes));
+    return t * (1 - o.smoothing) + o.uniform;
   }
 
-  __device__ void run(int64_t row) {
+  __device__ void run(uint32_t row) {
     logits = static_cast<const T*>(p.logits) + row_offset(p, p.logits_row_strides, row);
     if (p.gradient != nullptr)
       gradient = static_cast<T*>(p.gradient) + row_offset(p, p.gradient_row_strides, row);
@@ -123,13 +151,12 @@ struct RowLoss {
     }
     kd_counted = p.distill_ignored || ce_counted;
     Softmax<Real> teacher{};
-    for (int64_t s = 0; s < p.streams; ++s) stream(s, teacher);
+    for (int s = 0; s < o.streams; ++s) stream(s, teacher);
   }
 
   // `teacher` comes as the softmax of the stream before, and leaves as this stream's.
-  __device__ void stream(int64_t s, Softmax<Real>& teacher) {
-    const Real temperature = static_cast<Real>(p.temperature);
-    const Real per_class = static_cast<Real>(1.0 / static_cast<double>(p.classes));
+  __device__ void stream(int s, Softmax<Real>& teacher) {
+    const Real temperature = o.temperature, per_class = o.per_class;
     const T* row = logits + s * p.logits_stream_stride;
     const Real shift = to_compute(row[0]);  // keeps the mean of equal logits exact
     Real x[kVector], k[kVector];
@@ -156,12 +183,12 @@ struct RowLoss {
           squares += deviation * deviation;
         }
       });
-      q.slope = 1 / sqrt(sum(squares) * per_class + static_cast<Real>(p.eps));
+      q.slope = 1 / sqrt(sum(squares) * per_class + o.eps);
     }
     q.top = maximum_minus_mean * q.slope;
     q.scale = q.slope / temperature;
 
-    const double ce_weight = s == 0 ? p.ce_weight : p.subnet_ce_weight;
+    const Real ce_weight = s == 0 ? o.ce_weight : o.subnet_ce_weight;
     const bool has_ce = s == 0 || ce_weight != 0;
     Real raw_total = 0;
     total = 0;
@@ -173,6 +200,7 @@ struct RowLoss {
       }
     });
     q.sum = sum(total);
+    q.inverse_sum = 1 / q.sum;
     raw_total = has_ce ? sum(raw_total) : Real(1);
     if (!kOneLoop) {
       if (lane == 0) visited[s] = q;
@@ -204,16 +232,16 @@ struct RowLoss {
     if (has_ce) {
       const Real value =
           cross_entropy(s, q.maximum, maximum_minus_mean, log(raw_total), target_total);
-      if (lane == 0 && ce_counted) sums[s == 0 ? 0 : p.streams] += static_cast<double>(value);
+      if (lane == 0 && ce_counted) sums[s == 0 ? 0 : o.streams] += static_cast<double>(value);
     }
     if (gradient != nullptr)
       differentiate(s, q, teacher, log_ratio, dot, ce_weight, target_total / raw_total);
     teacher = q;
   }
 
-  __device__ Softmax<Real> soften_knowledge(int64_t s) const {
+  __device__ Softmax<Real> soften_knowledge(int s) const {
     Softmax<Real> teacher{};
-    teacher.scale = 1 / static_cast<Real>(p.temperature);
+    teacher.scale = 1 / o.temperature;
     Real k[kVector], maximum = -Real(INFINITY), total = 0;
     for_classes([&](int64_t c) {
       load_teacher(s, c, k);
@@ -225,6 +253,7 @@ struct RowLoss {
       for (int i = 0; i < kVector; ++i) total += exp((k[i] - teacher.maximum) * teacher.scale);
     });
     teacher.sum = sum(total);
+    teacher.inverse_sum = 1 / teacher.sum;
     return teacher;
   }
 
@@ -235,7 +264,8 @@ struct RowLoss {
     constexpr Real kNear = sizeof(Real) == 4 ? Real(0.5) : Real(1e-3);
     const Real student_d = (x - student.maximum) * student.scale;
     const Real teacher_d = (k - teacher.maximum) * teacher.scale;
-    const Real q = exp(student_d) / student.sum, prob = exp(teacher_d) / teacher.sum;
+    const Real q = exp(student_d) * student.inverse_sum;
+    const Real prob = exp(teacher_d) * teacher.inverse_sum;
     const Real d = student_d - teacher_d - log_ratio;
     if (d < kNear && d > -kNear) {
       Real series = d * Real(1.0 / 5040) + Real(1.0 / 720);
@@ -250,7 +280,7 @@ struct RowLoss {
     return q - prob;
   }
 
-  __device__ Real cross_entropy(int64_t s, Real maximum, Real maximum_minus_mean, Real log_sum,
+  __device__ Real cross_entropy(int s, Real maximum, Real maximum_minus_mean, Real log_sum,
                                 Real& target_total) const {
     if (p.probabilities) {
       Real value = 0, total = 0, x[kVector];
@@ -268,22 +298,19 @@ struct RowLoss {
     if (!ce_counted) return 0;
     const Real chosen =
         to_compute(logits[s * p.logits_stream_stride + label * p.logits_class_stride]);
-    const Real nll = (maximum - chosen) + log_sum, smoothing = Real(p.label_smoothing);
-    if (p.label_smoothing == 0) return nll;
-    return nll * (1 - smoothing) + (maximum_minus_mean + log_sum) * smoothing;
+    const Real nll = (maximum - chosen) + log_sum;
+    if (o.smoothing == 0) return nll;
+    return nll * (1 - o.smoothing) + (maximum_minus_mean + log_sum) * o.smoothing;
   }
 
-  __device__ void differentiate(int64_t s, const Softmax<Real>& q, const Softmax<Real>& teacher,
-                                Real log_ratio, Real dot, double ce_weight,
+  __device__ void differentiate(int s, const Softmax<Real>& q, const Softmax<Real>& teacher,
+                                Real log_ratio, Real dot, Real ce_weight,
                                 Real softmax_factor) const {
-    const bool distilled = s > 0 && p.kd_weight != 0, has_ce = ce_weight != 0;
-    const Real ce = ce_counted ? Real(ce_weight * p.gradient_scale / counted_rows[0]) : Real(0);
-    const Real kd = kd_counted
-                        ? Real(p.kd_weight * p.temperature * p.gradient_scale / counted_rows[1])
-                        : Real(0);
-    const Real one_hot = ce * Real(1 - p.label_smoothing);
-    const Real uniform =
-        p.probabilities ? Real(0) : ce * Real(p.label_smoothing / double(p.classes));
+    const bool distilled = s > 0 && o.kd_weight != 0, has_ce = ce_weight != 0;
+    const Real ce = ce_counted ? ce_weight * o.gradient_scale / ce_rows : Real(0);
+    const Real kd = kd_counted ? o.kd_weight * o.temperature * o.gradient_scale / kd_rows : Real(0);
+    const Real one_hot = ce * (1 - o.smoothing);
+    const Real uniform = ce * o.uniform;
     T* to = gradient + s * p.gradient_stream_stride;
     for_classes([&](int64_t c) {
       Real x[kVector], k[kVector], g[kVector];
@@ -316,24 +343,28 @@ struct RowLoss {
 
 template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
 __global__ void __launch_bounds__(kThreads)
-    loss_kernel(const Params p, int64_t rows, const double* counted_rows, double* partials) {
+    loss_kernel(const Params p, const Options<Compute<T>> o, uint32_t rows,
+                const double* counted_rows, double* partials) {
   using Real = Compute<T>;
   constexpr int kGroups = kThreads / kGroup;
   GKT_DYNAMIC_SHARED(double, sums);  // (kGroups, S + 1), then (kGroups, S) of Softmax
   __shared__ Real scratch[kMaxWarps];
-  const int terms = static_cast<int>(p.streams) + 1, group = static_cast<int>(threadIdx.x) / kGroup;
+  const int terms = o.streams + 1, group = static_cast<int>(threadIdx.x) / kGroup;
   Softmax<Real>* visited = reinterpret_cast<Softmax<Real>*>(sums + kGroups * terms);
   for (int i = static_cast<int>(threadIdx.x); i < kGroups * terms; i += kThreads) sums[i] = 0;
   __syncthreads();
   RowLoss<T, kGroup, kVector, kNormalized, kOneLoop> loss{p,
-                                                          counted_rows,
+                                                          o,
+                                                          static_cast<Real>(counted_rows[0]),
+                                                          static_cast<Real>(counted_rows[1]),
                                                           scratch,
                                                           sums + group * terms,
-                                                          visited + group * p.streams,
+                                                          visited + group * o.streams,
                                                           static_cast<int>(threadIdx.x) % kGroup};
+  // 64 bits, so that the last step can't wrap around.
   for (int64_t row = int64_t{blockIdx.x} * kGroups + group; row < rows;
        row += int64_t{gridDim.x} * kGroups)
-    loss.run(row);
+    loss.run(static_cast<uint32_t>(row));
   __syncthreads();
   for (int s = static_cast<int>(threadIdx.x); s < terms; s += kThreads) {
     double total = 0;
@@ -381,8 +412,8 @@ void launch_loss(const Params& p, int64_t rows, const double* counted_rows, doub
       dispatch_bool(one_loop, [&](auto once) {
         constexpr bool kNormalized = decltype(normalized)::value, kOneLoop = decltype(once)::value;
         launch<loss_kernel<T, kGroup, kVector, kNormalized, kOneLoop>>(
-            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, p, rows,
-            counted_rows, partials);
+            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, p,
+            make_options<Real>(p), static_cast<uint32_t>(rows), counted_rows, partials);
       });
     });
   launch<finish_kernel<Real>>(dim3(1), dim3(kThreads), 0, stream, p, static_cast<int>(blocks),
@@ -434,6 +465,9 @@ extern "C" int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_para
   return gkt::guarded([&] {
     int64_t rows = 1;
     for (int d = 0; d < params->row_dims; ++d) rows *= params->row_sizes[d];
+    if (rows > UINT32_MAX)
+      throw gkt::InvalidArgument("logits has " + std::to_string(rows) +
+                                 " rows; the CUDA kernel takes less than 2^32");
     gkt::dispatch_dtype(params->dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       gkt::launch_for<T>(*params, rows, counted_rows, partials, stream);
