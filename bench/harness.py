@@ -76,6 +76,58 @@ def measure(providers: dict[str, Callable[[], object]], repeats: int, warmup: in
     return {name: Timing(tuple(values)) for name, values in milliseconds.items()}
 
 
+class SavedMemory:
+    """Bytes of activations that autograd holds for backward, by hooks on what it saves; `peak` is the most so far.
+
+    Args:
+        model: its parameters and buffers don't count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        self._holders: dict[int, int] = {}
+        self._bytes = 0
+        self.peak = 0
+
+    def __enter__(self) -> SavedMemory:
+        memory = self
+
+        class Held:
+            """A saved tensor; counts as long as autograd keeps it. Tensors of one storage count once."""
+
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+                memory._hold(tensor.untyped_storage())
+
+            def __del__(self) -> None:
+                memory._let_go(self.tensor.untyped_storage())
+
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key in self._weights:
+            return
+        self._holders[key] = self._holders.get(key, 0) + 1
+        if self._holders[key] == 1:
+            self._bytes += storage.nbytes()
+            self.peak = max(self.peak, self._bytes)
+
+    def _let_go(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key in self._weights:
+            return
+        self._holders[key] -= 1
+        if self._holders[key] == 0:
+            del self._holders[key]
+            self._bytes -= storage.nbytes()
+
+
 def environment() -> dict[str, object]:
     """The columns that say where a row was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()

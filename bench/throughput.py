@@ -2,8 +2,11 @@
 
     python bench/throughput.py --model cifar_resnet56
 
-Every repeat draws new subnets and runs all modes on them, one after another, next to a plain step; reported are the
-medians, the quartiles, and the mean ratio (what training pays on average: the cost varies with the subnets).
+Every repeat draws new subnets and runs all modes on them, one after another, next to a plain step of the model as it
+is (eager, blocks not fused). Reported are the medians, the quartiles, the ratio of the medians, the mean ratio (what
+training pays on average: the cost varies with the subnets), the same in FLOPs, and the most activation memory that
+autograd held during a step. sequential+compile is the loop with torch.compile'd blocks; plain+fused is plain training
+with `gkt_fast.fuse_blocks`.
 """
 
 from __future__ import annotations
@@ -17,14 +20,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import RESULTS, environment, measure, print_table, write_csv
+from harness import RESULTS, SavedMemory, environment, measure, print_table, write_csv
 from models import MODELS
 
-from gkt_fast import GKT, GKTConfig
-from gkt_fast.config import EXECUTIONS
+from gkt_fast import GKT, GKTConfig, fuse_blocks
 
 WARMUP = 2
-MODES = [mode for mode in EXECUTIONS if mode != "auto"]
+MODES = ["plain+fused", "sequential", "sequential+compile", "shared", "stacked", "lean"]
+COLUMNS = [
+    "model",
+    "mode",
+    "ratio",
+    "mean_ratio",
+    "median_ms",
+    "lower_ms",
+    "upper_ms",
+    "flops_ratio",
+    "saved_mib",
+]
 
 
 def main() -> None:
@@ -46,20 +59,7 @@ def main() -> None:
     names = list(MODELS) if args.model == "all" else [args.model]
     rows = [row for name in names for row in run(name, args)]
     write_csv(args.csv, rows)
-    print_table(
-        rows,
-        [
-            "model",
-            "mode",
-            "ratio",
-            "mean_ratio",
-            "median_ms",
-            "lower_ms",
-            "upper_ms",
-            "flops_ratio",
-            "batch_size",
-        ],
-    )
+    print_table(rows, COLUMNS)
     print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {args.csv}")
 
 
@@ -75,12 +75,18 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     if args.channels_last and images.ndim == 4:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    gkts = {
-        mode: GKT(copy.deepcopy(model), GKTConfig(groups=args.groups, loops=args.loops, execution=mode))
-        for mode in args.modes
-    }
-    steps = {"plain": plain_step(model, images, targets)}
-    steps |= {mode: gkt_step(gkt, images, targets) for mode, gkt in gkts.items()}
+    steps: dict[str, Callable[[], None]] = {"plain": plain_step(model, images, targets)}
+    models = {"plain": model}
+    flops = {"plain": 1.0}
+    for mode in args.modes:
+        models[mode] = copy.deepcopy(model)
+        if mode == "plain+fused":
+            fuse_blocks(models[mode])
+            steps[mode], flops[mode] = plain_step(models[mode], images, targets), 1.0
+        else:
+            gkt = make_gkt(models[mode], mode, args)
+            gkt.layers(images)
+            steps[mode], flops[mode] = gkt_step(gkt, images, targets), flops_ratio(gkt, mode, args.repeats)
     timings = measure(steps, args.repeats, WARMUP)
     rows = []
     for mode, timing in timings.items():
@@ -93,7 +99,8 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 "median_ms": timing.median,
                 "lower_ms": timing.lower,
                 "upper_ms": timing.upper,
-                "flops_ratio": 1.0 if mode == "plain" else flops_ratio(gkts[mode], mode, args.repeats),
+                "flops_ratio": flops[mode],
+                "saved_mib": saved_mebibytes(models[mode], steps[mode]),
                 "batch_size": batch_size,
                 "groups": args.groups,
                 "loops": args.loops,
@@ -103,6 +110,29 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def make_gkt(model: torch.nn.Module, mode: str, args: argparse.Namespace) -> GKT:
+    """The model in one mode. The sequential loop runs the model as it is, the others with fused blocks."""
+    execution = mode.partition("+")[0]
+    config = GKTConfig(
+        groups=args.groups, loops=args.loops, execution=execution, fuse_blocks=execution != "sequential"
+    )
+    gkt = GKT(model, config)
+    if mode.endswith("+compile"):
+        for stage in gkt.stages:
+            for path in stage.blocks:
+                model.get_submodule(path).compile()
+    return gkt
+
+
+def saved_mebibytes(model: torch.nn.Module, step: Callable[[], None]) -> float:
+    """The most over three steps."""
+    memory = SavedMemory(model)
+    with memory:
+        for _ in range(3):
+            step()
+    return memory.peak / 2**20
 
 
 def plain_step(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
@@ -135,7 +165,9 @@ def gkt_step(gkt: GKT, images: torch.Tensor, targets: torch.Tensor) -> Callable[
 def flops_ratio(gkt: GKT, mode: str, repeats: int) -> float:
     """Mean cost of the measured steps in plain steps, from the plan."""
     costs = [gkt.cost(gkt.sample(WARMUP + step)) for step in range(repeats)]
-    return statistics.fmean(c.sequential_ratio if mode == "sequential" else c.shared_ratio for c in costs)
+    return statistics.fmean(
+        c.sequential_ratio if mode.startswith("sequential") else c.shared_ratio for c in costs
+    )
 
 
 if __name__ == "__main__":
