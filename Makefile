@@ -9,7 +9,7 @@ FORMATTED_SOURCES = $(shell find csrc kernels python_tests -name '*.cpp' -o -nam
 .PHONY: test lint demo bench clean
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -86,6 +86,9 @@ def test_minimal_example(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+MODES = [mode for mode in EXECUTIONS if mode != "auto"]
+
+
 def test_throughput_has_a_row_for_every_mode(tmp_path):
     flags = [
         "--model",
@@ -97,12 +100,14 @@ def test_throughput_has_a_row_for_every_mode(tmp_path):
         "--groups",
         2,
         "--no-channels-last",
+        "--modes",
+        *MODES,
     ]
     output = run("bench/throughput.py", *flags, "--csv", tmp_path / "t.csv", folder=tmp_path)
     measured = rows(tmp_path / "t.csv")
-    assert [row["mode"] for row in measured] == ["plain", *(mode for mode in EXECUTIONS if mode != "auto")]
-    columns = {"model", "mode", "ratio", "mean_ratio", "median_ms", "lower_ms", "upper_ms", "flops_ratio", "batch_size",
-               "groups", "loops", "channels_last", "repeats", "device", "threads", "torch", "commit"}  # fmt: skip
+    assert [row["mode"] for row in measured] == ["plain", *MODES]
+    columns = {"model", "mode", "ratio", "mean_ratio", "median_ms", "lower_ms", "upper_ms", "flops_ratio", "saved_mib",
+               "batch_size", "groups", "loops", "channels_last", "repeats", "device", "threads", "torch", "commit"}  # fmt: skip
     ratios = {}
     for row in measured:
         assert columns <= set(row)

@@ -31,7 +31,10 @@ SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid")
 SMALL = {
     "gkt_fast env": "",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
-    "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/throughput.csv",
+    "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
+    "--csv {tmp}/throughput.csv",
+    "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
+    "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
     "examples/minimal.py": "",
