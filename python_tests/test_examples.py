@@ -107,7 +107,8 @@ def test_throughput_has_a_row_for_every_mode(tmp_path):
     measured = rows(tmp_path / "t.csv")
     assert [row["mode"] for row in measured] == ["plain", *MODES]
     columns = {"model", "mode", "ratio", "mean_ratio", "median_ms", "lower_ms", "upper_ms", "flops_ratio", "saved_mib",
-               "batch_size", "groups", "loops", "channels_last", "repeats", "device", "threads", "torch", "commit"}  # fmt: skip
+               "batch_size", "groups", "loops", "channels_last", "repeats", "device", "threads", "torch",
+               "commit"}  # fmt: skip
     ratios = {}
     for row in measured:
         assert columns <= set(row)
