@@ -89,6 +89,7 @@ struct Place {
   __device__ __forceinline__ void each(const Geometry& g, const Body& body) const {
     for (int start = 0; start < lines; start += rows) {
       const int line = start + row;
+#pragma unroll 1
       for (int64_t tile = 0; tile < width; tile += tile_width)
         body(first + line, column + tile, line < lines && column + tile < g.length);
     }
@@ -331,8 +332,13 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Blocks of backward_kernel that a multiprocessor must be able to hold; 0: nvcc decides. It would
+// give 8 elements so many registers that two fit.
+template <int N>
+constexpr int kBackwardBlocks = N == 8 ? 3 : 0;
+
 template <class T, int N, bool relu, bool has_residual>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<N>)
     backward_kernel(Geometry g, int across, Lines<const T> x, Lines<const T> grad_y,
                     Lines<T> grad_x, Lines<T> grad_residual, const uint8_t* mask,
                     const Compute<T>* mean, const Compute<T>* coefficients, const uint8_t* keep) {
