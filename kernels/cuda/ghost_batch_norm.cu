@@ -52,31 +52,34 @@ Lines<T> lines_of(const gkt_activation& tensor, bool channels_last) {
   return {static_cast<T*>(tensor.data), tensor.batch_stride, tensor.channel_stride};
 }
 
-// What a thread of the tile kernels works on.
+// What a thread of the tile kernels works on. In 32 bits where tile_grid() or the size of a chunk
+// keeps numbers small: the GPU divides those faster and needs fewer registers for them.
 template <int N>
 struct Place {
-  int64_t ghost, chunk, first, last;  // lines of the chunk, within the ghost batch
-  int64_t channel;                    // in planes
-  int64_t column, column_end, column_step;
-  int row, rows;
+  int64_t first;              // of the chunk's lines, among those of all ghost batches
+  int64_t column, width;      // first column of this thread; columns from the block's first tile on
+  int64_t channel;            // in planes
+  int ghost, chunk, lines;    // lines of the chunk
+  int row, rows, tile_width;  // lines and columns that the block works on at once
 
   __device__ Place(const Geometry& g, int across) {
-    ghost = static_cast<int64_t>(blockIdx.x) / g.chunks;
-    chunk = static_cast<int64_t>(blockIdx.x) % g.chunks;
-    first = chunk * g.chunk_lines;
-    last = first + g.chunk_lines < g.lines ? first + g.chunk_lines : g.lines;
+    const int chunks = static_cast<int>(g.chunks), block = static_cast<int>(blockIdx.x);
+    ghost = block / chunks;
+    chunk = block % chunks;
+    const int64_t skipped = chunk * g.chunk_lines, left = g.lines - skipped;
+    first = ghost * g.lines + skipped;
+    lines = static_cast<int>(left < g.chunk_lines ? left : g.chunk_lines);
     row = static_cast<int>(threadIdx.x) / across;
     rows = kThreads / across;
-    const int64_t own = static_cast<int64_t>(threadIdx.x) % across * N;
-    column_step = static_cast<int64_t>(across) * N;
+    tile_width = across * N;
+    column = static_cast<int>(threadIdx.x) % across * N;
     if (g.channels_last) {
+      column += int64_t{blockIdx.y} * tile_width;
+      width = tile_width;
       channel = 0;
-      column = blockIdx.y * column_step + own;
-      column_end = blockIdx.y * column_step + column_step;
     } else {
+      width = g.length;
       channel = blockIdx.y;
-      column = own;
-      column_end = (g.length + column_step - 1) / column_step * column_step;
     }
   }
 
@@ -84,11 +87,11 @@ struct Place {
   // often, so that it may shuffle.
   template <class Body>
   __device__ __forceinline__ void each(const Geometry& g, const Body& body) const {
-    for (int64_t start = first; start < last; start += rows) {
-      const int64_t line = start + row;
-      const int64_t shift = column % column_step;
-      for (int64_t tile = column - shift; tile < column_end; tile += column_step)
-        body(ghost * g.lines + line, tile + shift, line < last && tile + shift < g.length);
+    for (int start = 0; start < lines; start += rows) {
+      const int line = start + row;
+#pragma unroll 1
+      for (int64_t tile = 0; tile < width; tile += tile_width)
+        body(first + line, column + tile, line < lines && column + tile < g.length);
     }
   }
 
@@ -142,13 +145,13 @@ __global__ void __launch_bounds__(kThreads)
     load_channels(mean, g, place, shift);
   } else {
     // The mean of four values spread over the chunk: near its mean, and exact for equal values.
-    const int64_t apart = (place.last - place.first) / 4;
+    const int apart = place.lines / 4;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t column = g.channels_last ? place.column + i : g.length / 2;
       shift[i] = 0;
       for (int sample = 0; sample < 4 && column < g.length; ++sample) {
-        const int64_t line = place.ghost * g.lines + place.first + sample * apart;
+        const int64_t line = place.first + sample * apart;
         shift[i] += to_compute(x.data[line * x.line + place.channel * x.channel + column]);
       }
       shift[i] *= A(0.25);
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     for (int local = static_cast<int>(threadIdx.x); local < columns; local += kThreads) {
-      const int64_t c = blockIdx.y * place.column_step + local;
+      const int64_t c = int64_t{blockIdx.y} * place.tile_width + local;
       if (c >= g.channels) continue;
       A total = 0, total_product = 0;
       for (int row = 0; row < place.rows; ++row) {
@@ -329,8 +332,13 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Blocks of backward_kernel that a multiprocessor must be able to hold; 0: nvcc decides. It would
+// give 8 elements so many registers that two fit.
+template <int N>
+constexpr int kBackwardBlocks = N == 8 ? 3 : 0;
+
 template <class T, int N, bool relu, bool has_residual>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<N>)
     backward_kernel(Geometry g, int across, Lines<const T> x, Lines<const T> grad_y,
                     Lines<T> grad_x, Lines<T> grad_residual, const uint8_t* mask,
                     const Compute<T>* mean, const Compute<T>* coefficients, const uint8_t* keep) {

@@ -13,11 +13,19 @@ using Params = gkt_group_knowledge_loss_params;
 
 constexpr int kThreads = 128;
 constexpr int kMostClassesPerWarp = 1024;
+constexpr int kMostClasses = 1 << 30;  // so that 32 bits count them
+
+// Blocks that a multiprocessor must be able to hold. Left to itself, nvcc makes room for one more
+// and spills a few registers for it.
+template <class T, int kGroup>
+constexpr int kBlocks = std::is_same_v<T, double> ? 3
+                        : kGroup == 1             ? 7
+                                                  : 5;
 
 // The options in the type that they are used in: the GPU divides and converts double slowly.
 template <class Real>
 struct Options {
-  int streams, groups;
+  int streams, groups, classes;
   Real ema, temperature, eps, kd_weight, ce_weight, subnet_ce_weight, gradient_scale;
   Real smoothing, uniform, per_class;  // uniform: smoothing spread over the classes
 };
@@ -25,17 +33,12 @@ struct Options {
 template <class Real>
 Options<Real> make_options(const Params& p) {
   const double classes = static_cast<double>(p.classes);
-  return {static_cast<int>(p.streams),
-          static_cast<int>(p.groups),
-          static_cast<Real>(p.ema),
-          static_cast<Real>(p.temperature),
-          static_cast<Real>(p.eps),
-          static_cast<Real>(p.kd_weight),
-          static_cast<Real>(p.ce_weight),
-          static_cast<Real>(p.subnet_ce_weight),
-          static_cast<Real>(p.gradient_scale),
-          static_cast<Real>(p.label_smoothing),
-          static_cast<Real>(p.label_smoothing / classes),
+  return {static_cast<int>(p.streams),           static_cast<int>(p.groups),
+          static_cast<int>(p.classes),           static_cast<Real>(p.ema),
+          static_cast<Real>(p.temperature),      static_cast<Real>(p.eps),
+          static_cast<Real>(p.kd_weight),        static_cast<Real>(p.ce_weight),
+          static_cast<Real>(p.subnet_ce_weight), static_cast<Real>(p.gradient_scale),
+          static_cast<Real>(p.label_smoothing),  static_cast<Real>(p.label_smoothing / classes),
           static_cast<Real>(1 / classes)};
 }
 
@@ -82,7 +85,7 @@ struct RowLoss {
   T* gradient = nullptr;
   const void* targets = nullptr;
   bool ce_counted = true, kd_counted = true;
-  int64_t label = -1;
+  int label = -1;
 
   __device__ Real sum(Real value) const { return reduce<kGroup>(value, Sum(), Real(0), scratch); }
   __device__ Real max(Real value) const {
@@ -92,11 +95,10 @@ struct RowLoss {
   // Calls body(c) for the first of every kVector classes that this thread has.
   template <class Body>
   __device__ __forceinline__ void for_classes(const Body& body) const {
-    for (int64_t c = int64_t{lane} * kVector; c < p.classes; c += int64_t{kGroup} * kVector)
-      body(c);
+    for (int c = lane * kVector; c < o.classes; c += kGroup * kVector) body(c);
   }
 
-  __device__ __forceinline__ void load(int stream, int64_t c, Real (&x)[kVector]) const {
+  __device__ __forceinline__ void load(int stream, int c, Real (&x)[kVector]) const {
     const T* from = logits + stream * p.logits_stream_stride + c * p.logits_class_stride;
     if constexpr (kVector == 1)
       x[0] = to_compute(*from);
@@ -106,7 +108,7 @@ struct RowLoss {
 
   // K of `group` after `visits` loops: the first counts ema^(visits - 1), a later one
   // (1 - ema) * ema^(visits - 1 - visit).
-  __device__ __forceinline__ void load_knowledge(int group, int visits, int64_t c,
+  __device__ __forceinline__ void load_knowledge(int group, int visits, int c,
                                                  Real (&k)[kVector]) const {
     for (int i = 0; i < kVector; ++i) k[i] = 0;
     for (int visit = 0; visit < visits; ++visit) {
@@ -122,7 +124,7 @@ struct RowLoss {
     }
   }
 
-  __device__ void load_teacher(int stream, int64_t c, Real (&k)[kVector]) const {
+  __device__ void load_teacher(int stream, int c, Real (&k)[kVector]) const {
     if (kOneLoop)
       load(stream - 1, c, k);
     else
@@ -133,7 +135,7 @@ struct RowLoss {
     return (stream - 1) % o.groups == 0 ? 1 : (stream - 1) / o.groups + 1;
   }
 
-  __device__ Real probability(int64_t c) const {
+  __device__ Real probability(int c) const {
     const Real t = static_cast<const Real*>(targets)[c * p.targets_class_stride];
     return t * (1 - o.smoothing) + o.uniform;
   }
@@ -146,8 +148,9 @@ struct RowLoss {
     if (p.probabilities) {
       targets = static_cast<const Real*>(p.targets) + target;
     } else {
-      label = static_cast<const int64_t*>(p.targets)[target];
-      ce_counted = label != p.ignore_index;
+      const int64_t index = static_cast<const int64_t*>(p.targets)[target];
+      label = static_cast<int>(index);
+      ce_counted = index != p.ignore_index;
     }
     kd_counted = p.distill_ignored || ce_counted;
     Softmax<Real> teacher{};
@@ -163,7 +166,7 @@ struct RowLoss {
 
     Softmax<Real> q;
     Real maximum = -Real(INFINITY), total = 0;
-    for_classes([&](int64_t c) {
+    for_classes([&](int c) {
       load(s, c, x);
       for (int i = 0; i < kVector; ++i) {
         maximum = x[i] > maximum ? x[i] : maximum;
@@ -176,7 +179,7 @@ struct RowLoss {
     q.slope = 1;
     if (kNormalized) {
       Real squares = 0;
-      for_classes([&](int64_t c) {
+      for_classes([&](int c) {
         load(s, c, x);
         for (int i = 0; i < kVector; ++i) {
           const Real deviation = x[i] - shift - mean;
@@ -192,7 +195,7 @@ struct RowLoss {
     const bool has_ce = s == 0 || ce_weight != 0;
     Real raw_total = 0;
     total = 0;
-    for_classes([&](int64_t c) {
+    for_classes([&](int c) {
       load(s, c, x);
       for (int i = 0; i < kVector; ++i) {
         total += exp((x[i] - q.maximum) * q.scale);
@@ -213,7 +216,7 @@ struct RowLoss {
     const Real log_ratio = log(q.sum) - log(teacher.sum);
     if (s > 0) {
       Real divergence = 0;
-      for_classes([&](int64_t c) {
+      for_classes([&](int c) {
         load(s, c, x);
         load_teacher(s, c, k);
         for (int i = 0; i < kVector; ++i) {
@@ -243,12 +246,12 @@ struct RowLoss {
     Softmax<Real> teacher{};
     teacher.scale = 1 / o.temperature;
     Real k[kVector], maximum = -Real(INFINITY), total = 0;
-    for_classes([&](int64_t c) {
+    for_classes([&](int c) {
       load_teacher(s, c, k);
       for (int i = 0; i < kVector; ++i) maximum = k[i] > maximum ? k[i] : maximum;
     });
     teacher.maximum = max(maximum);
-    for_classes([&](int64_t c) {
+    for_classes([&](int c) {
       load_teacher(s, c, k);
       for (int i = 0; i < kVector; ++i) total += exp((k[i] - teacher.maximum) * teacher.scale);
     });
@@ -284,7 +287,7 @@ struct RowLoss {
                                 Real& target_total) const {
     if (p.probabilities) {
       Real value = 0, total = 0, x[kVector];
-      for_classes([&](int64_t c) {
+      for_classes([&](int c) {
         load(s, c, x);
         for (int i = 0; i < kVector; ++i) {
           const Real t = probability(c + i);
@@ -312,7 +315,7 @@ struct RowLoss {
     const Real one_hot = ce * (1 - o.smoothing);
     const Real uniform = ce * o.uniform;
     T* to = gradient + s * p.gradient_stream_stride;
-    for_classes([&](int64_t c) {
+    for_classes([&](int c) {
       Real x[kVector], k[kVector], g[kVector];
       load(s, c, x);
       if (distilled) load_teacher(s, c, k);
@@ -342,7 +345,7 @@ struct RowLoss {
 };
 
 template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kGroup>)
     loss_kernel(const Params p, const Options<Compute<T>> o, uint32_t rows,
                 const double* counted_rows, double* partials) {
   using Real = Compute<T>;
@@ -468,6 +471,9 @@ extern "C" int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_para
     if (rows > UINT32_MAX)
       throw gkt::InvalidArgument("logits has " + std::to_string(rows) +
                                  " rows; the CUDA kernel takes less than 2^32");
+    if (params->classes > gkt::kMostClasses)
+      throw gkt::InvalidArgument("logits has " + std::to_string(params->classes) +
+                                 " classes; the CUDA kernel takes at most 2^30");
     gkt::dispatch_dtype(params->dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       gkt::launch_for<T>(*params, rows, counted_rows, partials, stream);
