@@ -147,16 +147,26 @@ def compile_triton(configuration: tuple, architecture: int) -> object:
 def triton_rows(architectures: Sequence[int], ops: Sequence[str] | None = None) -> list[dict[str, object]]:
     """A row per Triton configuration and architecture, compiled by one process per core."""
     count = sum(1 for _ in triton_configurations(ops))
-    workers = min(os.cpu_count() or 1, count)
-    if workers < 2:
-        return _triton_share(architectures, ops, 0, 1)
-    # Processes of their own: compilation holds the GIL, and torch's threads don't survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    workers = max(1, min(os.cpu_count() or 1, count))
+    with compiler_processes(workers) as pool:
         shares = pool.map(
             _triton_share, *zip(*((architectures, ops, i, workers) for i in range(workers)), strict=True)
         )
         rows = [row for share in shares for row in share]
     return sorted(rows, key=lambda row: (row["op"], row["kernel"], row["arch"]))
+
+
+def compiler_processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that compile Triton kernels, also where this one has Triton's interpreter on.
+
+    Processes of their own: compilation holds the GIL, and torch's threads don't survive a fork.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_leave_interpreter)
+
+
+def _leave_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def _triton_share(

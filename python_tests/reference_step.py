@@ -118,7 +118,7 @@ def outcome_of(
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-12, floor: float = 0.0) -> None:
     """Loss, terms, logits, every gradient and every buffer, each relative to its own norm.
 
-    `floor` is for gradients that vanish but for rounding: what they may differ by all the same.
+    `floor` is for gradients and means that vanish but for rounding: what they may differ by all the same.
     """
     for name in ("loss", "terms", "logits", "input_gradient"):
         _assert_close(name, getattr(actual, name), getattr(expected, name), tolerance)
@@ -127,7 +127,7 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-12, fl
         _assert_close(f"gradient of {name}", actual.gradients[name], gradient, tolerance, floor)
     assert actual.buffers.keys() == expected.buffers.keys()
     for name, buffer in expected.buffers.items():
-        _assert_close(f"buffer {name}", actual.buffers[name], buffer, tolerance)
+        _assert_close(f"buffer {name}", actual.buffers[name], buffer, tolerance, floor)
 
 
 def assert_modes_agree(

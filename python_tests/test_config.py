@@ -14,7 +14,7 @@ NUMBERS = (
     "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
     "label_smoothing",
 )  # fmt: skip
-BOOLEANS = ("normalize_logits", "distill_ignored")
+BOOLEANS = ("normalize_logits", "distill_ignored", "fuse_blocks")
 
 WRONG_VALUES = [
     ("groups", -1, "at least 0"),
@@ -34,6 +34,8 @@ WRONG_VALUES = [
     ("drop_rate", 1.0, r"in \[0, 1\)"),
     ("label_smoothing", 1.5, r"in \[0, 1\]"),
     ("batch_norm", "none", "one of full, sequential"),
+    ("budget", 0.99, r"in \[1, inf\)"),
+    ("budget", math.nan, "must be in"),
     ("execution", "fast", "one of auto, sequential, shared"),
     *((name, math.nan, "must be in") for name in NUMBERS),
 ]  # fmt: skip
@@ -45,6 +47,7 @@ WRONG_TYPES = [
     ("min_depth", (1, "2"), "an integer"),
     *((name, value, "a number") for name in NUMBERS for value in ("0.5", None, True)),
     *((name, value, "True or False") for name in BOOLEANS for value in (1, "yes")),
+    *(("budget", value, "a number") for value in ("1.5", True)),
     ("sampler", 3, "a string"),
     ("sampler", ["uniform"], "a string"),
 ]  # fmt: skip

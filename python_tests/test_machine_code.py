@@ -185,18 +185,26 @@ def _occupancy_header() -> Path | None:
     return next((header for header in headers if header.exists()), None)
 
 
+def sample_row(aligned: bool, architecture: int) -> dict:
+    """Runs in a process that compiles, see `machine_code.compiler_processes`."""
+    from cuda_host.triton_sample import sample_configuration
+
+    return machine_code.triton_row("sample", sample_configuration(aligned=aligned), architecture)
+
+
 def test_triton_kernels_are_read():
     require("triton", "cuobjdump", "nvdisasm")
     pytest.importorskip("triton")
-    from cuda_host.triton_sample import sample_configuration
-
-    for architecture in ARCHITECTURES:
-        aligned = machine_code.triton_row("sample", sample_configuration(aligned=True), architecture)
+    with machine_code.compiler_processes(1) as pool:
+        aligned_rows, unaligned_rows = (
+            list(pool.map(sample_row, [a] * 3, ARCHITECTURES)) for a in (True, False)
+        )
+    assert len(aligned_rows) == len(unaligned_rows) == len(ARCHITECTURES) == 3
+    for aligned, unaligned in zip(aligned_rows, unaligned_rows, strict=True):
         assert aligned["loop_loads_16"] > 0
         assert aligned["loop_loads_2"] == 0
         assert aligned["threads"] == 128
         assert aligned["static_shared"] + aligned["dynamic_shared"] > 0
-        unaligned = machine_code.triton_row("sample", sample_configuration(aligned=False), architecture)
         assert unaligned["loop_loads_16"] == 0
         assert unaligned["loop_loads_2"] > 0
 
