@@ -1,15 +1,10 @@
-"""`python -m gkt_fast env` and `python -m gkt_fast train`."""
+"""`python -m gkt_fast train`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import math
-import platform
 import signal
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +13,15 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from . import models
-from .checkpoint import CheckpointError
-from .config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
-from .data import Data, load_data
-from .ops import BackendError, build_info, explain
-from .sampling import SAMPLERS
-from .subnet import Subnet
-from .trainer import AMP_DTYPES, GKTTrainer, NonFiniteLossError
+from .. import models
+from ..config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
+from ..data import Data, load_data
+from ..sampling import SAMPLERS
+from ..subnet import Subnet
+from ..trainer import AMP_DTYPES, GKTTrainer
+from .arguments import parse_depths, parse_device, parse_integer, parse_min_depth, parse_number, parse_subnets
 
-__all__ = ["main"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done."""
-    parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    env = commands.add_parser("env", help="versions, devices, build flags and backends")
-    env.set_defaults(run=print_environment)
-    _add_train(commands.add_parser("train", help="train a network", allow_abbrev=False))
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        args = parser.parse_args(_with_config_file(arguments))
-        args.run(args)
-    except (
-        BackendError,
-        CheckpointError,
-        ImportError,
-        NonFiniteLossError,
-        OSError,
-        TypeError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:
-        print(f"gkt-fast: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("gkt-fast: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def print_environment(args: argparse.Namespace) -> None:
-    """What an issue report needs: versions, devices, how the native module was built, which backends work and why."""
-    print(f"gkt_fast  {_version('gkt_fast')}")
-    print(f"python    {platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "torchvision", "triton", "numpy"):
-        print(f"{package:9} {_version(package)}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices   cpu ({torch.get_num_threads()} threads){''.join(f', {name}' for name in gpus)}")
-    for name, value in build_info().items():
-        print(f"native    {name}: {value}")
-    rows = [("op", "backend", "tensors on", "status")]
-    rows += [(row["op"], row["backend"], row["devices"], row["status"]) for row in explain()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]))
+__all__ = ["add_arguments", "train", "with_config_file"]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -142,33 +90,44 @@ def build_model(name: str, data: Data) -> nn.Module:
     return torchvision.models.get_model(name, num_classes=data.num_classes)
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=train)
     add = parser.add_argument
     add("-c", "--config", type=Path, metavar="YAML", help="file with flags' names (underscores) and values")
     add("--data", default="digits", help="digits, imagefolder:PATH or cifar10:PATH")
-    add("--train-images", type=_integer(1), help="digits: number of training images")
-    add("--image-size", type=_integer(1), default=32, help="imagefolder: height and width")
+    add("--train-images", type=parse_integer(1), help="digits: number of training images")
+    add("--image-size", type=parse_integer(1), default=32, help="imagefolder: height and width")
     add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
-    add("-b", "--batch-size", type=_integer(1), default=128)
-    add("-j", "--workers", type=_integer(0), default=0)
-    add("--epochs", type=_integer(0), default=20)
+    add("-b", "--batch-size", type=parse_integer(1), default=128)
+    add("-j", "--workers", type=parse_integer(0), default=0)
+    add("--epochs", type=parse_integer(0), default=20)
     add("--opt", choices=["sgd", "adamw"], default="sgd")
-    add("--lr", type=_number(0), default=0.1)
-    add("--momentum", type=_number(0), default=0.9)
-    add("--weight-decay", type=_number(0), default=5e-4)
+    add("--lr", type=parse_number(0), default=0.1)
+    add("--momentum", type=parse_number(0), default=0.9)
+    add("--weight-decay", type=parse_number(0), default=5e-4)
     add("--sched", choices=["cosine", "none"], default="cosine")
-    add("--warmup-epochs", type=_integer(0), default=0)
+    add("--warmup-epochs", type=parse_integer(0), default=0)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=_device, default=default_device, help="default: cuda if there is a GPU, else cpu")
+    add(
+        "--device",
+        type=parse_device,
+        default=default_device,
+        help="default: cuda if there is a GPU, else cpu",
+    )
     add("--amp", action=argparse.BooleanOptionalAction, default=False)
     add("--amp-dtype", choices=[*AMP_DTYPES], default="bf16")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
     add("--output", type=Path, help="folder for runs; nothing is written without it")
     add("--experiment", help="name of the run's folder")
     add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
-    add("--log-interval", type=_integer(1), default=50)
-    add("--evaluate-depths", type=_depths, nargs="+", metavar="D-D-D", help="subnets to evaluate at the end")
+    add("--log-interval", type=parse_integer(1), default=50)
+    add(
+        "--evaluate-depths",
+        type=parse_depths,
+        nargs="+",
+        metavar="D-D-D",
+        help="subnets to evaluate at the end",
+    )
     _add_config(parser.add_argument_group("GKT (see gkt_fast.GKTConfig)"))
 
 
@@ -176,7 +135,7 @@ def _add_config(group: argparse._ArgumentGroup) -> None:
     """One flag for every field of GKTConfig, of the same name."""
     choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
     kinds = {"int": int, "float": float, "str": str}
-    special = {"min_depth": _min_depth, "subnets": _subnets}
+    special = {"min_depth": parse_min_depth, "subnets": parse_subnets}
     for field in dataclasses.fields(GKTConfig):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
@@ -186,7 +145,7 @@ def _add_config(group: argparse._ArgumentGroup) -> None:
             group.add_argument(flag, type=kind, default=field.default, choices=choices.get(field.name))
 
 
-def _with_config_file(arguments: list[str]) -> list[str]:
+def with_config_file(arguments: list[str]) -> list[str]:
     """Puts the flags of a `--config` file in front of those of the command line, which win."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("-c", "--config", type=Path)
@@ -213,58 +172,6 @@ def _flag_value(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], list):
         return ",".join("-".join(map(str, depths)) for depths in value)
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    """Parses an integer that is not below `least`."""
-
-    def parse(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
-        return int(text)
-
-    return parse
-
-
-def _number(least: float) -> Callable[[str], float]:
-    """Parses a finite number that is not below `least`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least {least}")
-        return value
-
-    return parse
-
-
-def _device(text: str) -> str:
-    """Checks that tensors can be made on the device."""
-    try:
-        torch.empty(0, device=text)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} can't be used: {reason}") from error
-    return text
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    parts = text.split("-")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} must be numbers joined by '-', one for each stage")
-    return tuple(map(int, parts))
-
-
-def _min_depth(text: str) -> int | tuple[int, ...]:
-    depths = _depths(text)
-    return depths[0] if len(depths) == 1 else depths
-
-
-def _subnets(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(_depths(part) for part in text.split(","))
 
 
 def _evaluated_subnet(depths: tuple[int, ...], trainer: GKTTrainer) -> Subnet:
@@ -312,10 +219,3 @@ def _loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoad
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

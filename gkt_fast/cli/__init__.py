@@ -1,0 +1,50 @@
+"""The command line, `python -m gkt_fast COMMAND`: one module for each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from ..checkpoint import CheckpointError
+from ..ops import BackendError
+from ..trainer import NonFiniteLossError
+from . import environment, train
+from .train import with_config_file
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "env": (environment, "versions, devices, build flags and backends"),
+    "train": (train, "train a network"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done."""
+    parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=summary, allow_abbrev=False))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        args = parser.parse_args(with_config_file(arguments))
+        args.run(args)
+    except (
+        BackendError,
+        CheckpointError,
+        ImportError,
+        NonFiniteLossError,
+        OSError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:
+        print(f"gkt-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gkt-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0

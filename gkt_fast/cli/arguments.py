@@ -1,0 +1,70 @@
+"""Parsers of the flags' values, for argparse."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+
+__all__ = [
+    "parse_depths",
+    "parse_device",
+    "parse_integer",
+    "parse_min_depth",
+    "parse_number",
+    "parse_subnets",
+]
+
+
+def parse_integer(least: int) -> Callable[[str], int]:
+    """Parses an integer that is not below `least`."""
+
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def parse_number(least: float) -> Callable[[str], float]:
+    """Parses a finite number that is not below `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least {least}")
+        return value
+
+    return parse
+
+
+def parse_device(text: str) -> str:
+    """Checks that tensors can be made on the device."""
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} can't be used: {reason}") from error
+    return text
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    parts = text.split("-")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers joined by '-', one for each stage")
+    return tuple(map(int, parts))
+
+
+def parse_min_depth(text: str) -> int | tuple[int, ...]:
+    depths = parse_depths(text)
+    return depths[0] if len(depths) == 1 else depths
+
+
+def parse_subnets(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(parse_depths(part) for part in text.split(","))
