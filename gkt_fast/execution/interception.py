@@ -98,8 +98,8 @@ def check_called(sites: Iterable[Site], called: Container[str]) -> None:
         )
 
 
-def find_layers(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
-    """Every place of a module of exactly one of the given classes, however deep."""
+def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Site]:
+    """Every place of a module that is wanted, however deep; not those within such a module."""
     sites: list[Site] = []
     seen: set[tuple[int, str]] = set()
 
@@ -109,7 +109,7 @@ def find_layers(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
                 continue
             seen.add((id(module), name))
             child_path = f"{path}.{name}" if path else name
-            if type(child) in kinds:
+            if wanted(child):
                 sites.append(Site(len(sites), child_path, is_block=False))
             else:
                 visit(child, child_path)

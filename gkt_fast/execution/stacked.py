@@ -6,7 +6,8 @@ run are then a leading slice. A state that a stream keeps while others go on is 
 its streams run next. BatchNorm normalises every ghost batch by itself. The full network runs every block, so its ghost
 batch comes first.
 
-No layer but BatchNorm may mix the rows of a batch, and blocks must take and return one activation.
+No layer but BatchNorm may mix the rows of a batch, and blocks must take and return one activation (other arguments may
+not be tensors).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
-from ..norm import ghost_batches, run_batch_norm
+from ..norm import ghost_batches, is_batch_norm, run_batch_norm_layer
 from ..ops import group_knowledge_loss
 from ..plan import Plan, make_plan
 from .batch_norm import StreamStatistics
@@ -27,8 +29,6 @@ from .states import SharedStateError, logits_of, run_watched
 from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class StackingError(SharedStateError):
@@ -41,7 +41,7 @@ def reason_against_stacking(model: nn.Module) -> str | None:
         if not isinstance(module, _NormBase):
             continue
         name = f"{path!r} ({type(module).__name__})"
-        if type(module) not in _BATCH_NORMS:
+        if not is_batch_norm(module):
             if isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
                 if module.track_running_stats:
                     return f"{name} averages its running statistics over all stacked states"
@@ -71,8 +71,8 @@ def run_stacked(
     plan = make_plan(network.layers(), streams.dropped)
     statistics = StreamStatistics(streams.config.batch_norm)
     stack = _Stack(plan, network, statistics)
-    _unwatch([module for module in network.model.modules() if isinstance(module, _BATCH_NORMS)])
-    norms = find_layers(network.model, _BATCH_NORMS)
+    _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
+    norms = find_layers(network.model, is_batch_norm)
     with (
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
@@ -86,12 +86,12 @@ def run_stacked(
 
 
 def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    return run_batch_norm(module, *args, **kwargs)
+    return run_batch_norm_layer(module, *args, **kwargs)
 
 
 def _watch_backward(model: nn.Module, loss: Tensor) -> None:
     """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
-    layers = [module for module in model.modules() if isinstance(module, _BATCH_NORMS) and module.training]
+    layers = [module for module in model.modules() if is_batch_norm(module) and module.training]
 
     def watch(gradient: Tensor) -> None:
         _unwatch(layers)  # of a backward that failed
@@ -158,15 +158,16 @@ class _Stack:
         return output
 
     def _run_block(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not args or [*map(id, tensors)] != [id(args[0])]:
             raise StackingError(
-                f"block {site.path!r} takes {len(args) + len(kwargs)} arguments; "
-                "execution='stacked' needs blocks that take one activation"
+                f"block {site.path!r} takes {len(tensors)} tensors; execution='stacked' needs blocks that take one "
+                "activation, as their first argument"
             )
         x = args[0]
         if x is not self.passed:
             x = self._arrange(x)
-        y = self._run(site, module, (x,), {})
+        y = self._run(site, module, (x, *args[1:]), kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != x.shape[0]:
             raise StackingError(
                 f"block {site.path!r} returns {type(y).__name__}; execution='stacked' needs blocks that return one "
