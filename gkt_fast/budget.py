@@ -115,8 +115,11 @@ def _variety(depths: Sequence[int], stages: Sequence[Stage]) -> int:
 def _gaps(stages: Sequence[Stage], layers: Sequence[Layer]) -> list[int] | None:
     """Cost of the layers before the first stage, before the second, ..., and behind the last.
 
-    None when layers lie between the blocks of one stage, or the stages don't run in their order.
+    None when layers lie between the blocks of one stage, the stages don't run in their order, or states differ by the
+    random numbers drawn.
     """
+    if any(layer.draws_noise for layer in layers):
+        return None
     order = [path for stage in stages for path in stage.blocks]
     if [layer.path for layer in layers if layer.is_block] != order:
         return None
