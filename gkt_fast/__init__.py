@@ -1,6 +1,7 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
 from .checkpoint import CheckpointError
+from .compilation import compile_blocks
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
@@ -26,6 +27,7 @@ __all__ = [
     "Subnet",
     "__version__",
     "active_subnet",
+    "compile_blocks",
     "evaluate",
     "extract_subnet",
     "fuse_blocks",

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .budget import expected_cost, solve_min_depth
+from .budget import expected_cost, expected_sequential_cost, solve_min_depth
+from .compilation import reason_against_compiled_model
 from .config import GKTConfig
 from .execution import (
     EXECUTION_MODES,
@@ -147,11 +148,14 @@ class GKT(nn.Module):
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
-                integer, or the model returns no logits.
+                integer, the model returns no logits, skips blocks by itself or is compiled as a whole.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if targets is None:
             return self.model(*inputs)
+        reason = reason_against_compiled_model(self.model)
+        if reason is not None:
+            raise ValueError(reason)
         if step is None:
             step = self.next_step
         self._remember(inputs)
@@ -230,13 +234,17 @@ class GKT(nn.Module):
         lines.append(f"execution: {choice.mode} ({choice.reason})")
         return "\n".join(lines)
 
-    def expected_cost(self) -> float:
-        """Expected cost of a shared step, in plain steps (gkt_fast.budget).
+    def expected_cost(self, one_by_one: bool = False) -> float:
+        """Expected cost of a step, in plain steps (gkt_fast.budget).
+
+        Args:
+            one_by_one: of streams run one by one, instead of a step that runs every state once.
 
         Raises:
             ValueError: the model has not been called yet (see `layers`).
         """
-        return expected_cost(self.stages, self.layers(), self.sampling_config())
+        estimate = expected_sequential_cost if one_by_one else expected_cost
+        return estimate(self.stages, self.layers(), self.sampling_config())
 
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.

@@ -25,6 +25,7 @@ ALLOWED = {
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
+    "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
     "gkt_fast.norm": ["gkt_fast.ops*"],
     "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
@@ -36,6 +37,7 @@ ALLOWED = {
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
+        "gkt_fast.compilation",
     ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],

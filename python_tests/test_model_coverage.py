@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from model_table import FILES, containers, replace_table, row, table, table_in
 from reference_step import (
     Outcome,
     assert_same,
@@ -117,6 +118,37 @@ def test_step_with_fused_blocks_equals_the_plain_loop(zoo_model):
     assert fuse_blocks(model)
     actual = package_step("stacked", model, (images,), targets, drops(stages), CONFIG, stages=stages)
     assert_same(actual, plain_loop(zoo_model), TOLERANCE, FLOOR)
+
+
+@functools.cache
+def cached_row(zoo_model: ZooModel) -> str:
+    return row(zoo_model)
+
+
+@pytest.mark.parametrize("zoo_model", ZOO, ids=str)
+def test_row_of_the_table(zoo_model):
+    """`python bench/model_table.py --update` writes the rows anew."""
+    for path, headlines_only in FILES.items():
+        lines = table_in(path.read_text()).splitlines()
+        assert lines.count(cached_row(zoo_model)) == int(zoo_model.headline or not headlines_only), path.name
+
+
+@pytest.mark.parametrize("path, headlines_only", FILES.items(), ids=lambda value: getattr(value, "name", ""))
+def test_the_tables_hold_no_other_rows(path, headlines_only):
+    rows = [cached_row(zoo_model) for zoo_model in ZOO if zoo_model.headline or not headlines_only]
+    text = path.read_text()
+    assert table_in(text) == table(rows)
+    assert table_in(replace_table(text, "| other |\n")) == "| other |\n"
+    with pytest.raises(ValueError, match="no table between"):
+        table_in("text")
+
+
+def test_containers_of_one_and_several_stages():
+    def stage(path):
+        return Stage((path,), (True,))
+
+    assert containers([stage("blocks.0")]) == containers([stage("blocks.0"), stage("blocks.4")]) == "`blocks`"
+    assert containers([stage("a.x.0"), stage("b.x.0"), stage("c.x.0")]) == "`a.x` ... `c.x`"
 
 
 class NamedNorm(nn.BatchNorm2d):

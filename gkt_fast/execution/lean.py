@@ -44,7 +44,7 @@ def run_lean(
     layers = tracking_layers(network.model)
     every_stream_counts = config.batch_norm == "sequential"
     order = stream_order(plan, config)
-    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
+    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
         states = _CutStates(network, statistics, plan)
         try:
             for stream in order:

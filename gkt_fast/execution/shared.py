@@ -34,7 +34,7 @@ def run_shared(
     config = streams.config
     layers = tracking_layers(network.model)
     every_stream_counts = config.batch_norm == "sequential"
-    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
+    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
         states = States(network, statistics)
         try:
             with intercept(network.model, network.sites, states.call):

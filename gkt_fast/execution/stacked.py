@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ..norm import ghost_batches, is_batch_norm, run_batch_norm_layer
 from ..ops import group_knowledge_loss
 from ..plan import Layer, Plan, make_plan
-from .batch_norm import StreamStatistics
+from .batch_norm import StreamStatistics, compiled_batch_norm
 from .block_order import BlockOrder
 from .interception import Site, find_layers, intercept
 from .noise import GeneratorWatch, silence
@@ -42,6 +42,9 @@ class StackingError(SharedStateError):
 
 def reason_against_stacking(model: nn.Module) -> str | None:
     """Why states of this model can't be stacked; None when nothing speaks against it."""
+    compiled = compiled_batch_norm(model)
+    if compiled is not None:
+        return f"{compiled!r} is compiled, so that the BatchNorm inside can't be run for each state by itself"
     for path, module in model.named_modules():
         if not isinstance(module, _NormBase):
             continue
