@@ -10,7 +10,7 @@ from torch import nn
 
 
 def test_recorded_calls_and_their_operations() -> None:
-    """A convolution of 2 images of 3x6x6 to 5 channels by 3x3, padded: 2*5*6*6*3*9 products; a linear layer 180 to 4."""
+    """A convolution of 2 images of 3x6x6 to 5 channels by 3x3: 2*5*6*6*3*9 products; a linear layer, 180 to 4."""
     convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(180, 4)
     images = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
     calls: Counter[floor.Call] = Counter()
