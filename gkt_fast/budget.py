@@ -43,7 +43,7 @@ def expected_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTC
         layers: its layers with their costs (`GKT.layers`).
         config: sampler, groups, loops, decay and min_depth.
     """
-    if config.loops == 1 and config.sampler in ("inherit_decay", "uniform"):
+    if config.train_full and config.loops == 1 and config.sampler in ("inherit_decay", "uniform"):
         gaps = _gaps(stages, layers)
         if gaps is not None:
             table = _stage_costs(stages, layers, config)
@@ -66,7 +66,7 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
     plain = sum(layer.flops for layer in layers)
     between = sum(layer.flops for layer in layers if not layer.is_block)
     subnets = sum(between + sum(stage.blocks[group] for stage in chosen) for group in range(config.groups))
-    return (plain + config.loops * subnets) / plain
+    return (config.train_full * plain + config.loops * subnets) / plain
 
 
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:
@@ -218,7 +218,9 @@ def _estimated(
     while True:
         for step in range(len(ratios), len(ratios) + 500):
             subnets = sample_subnets(stages, config, step)
-            dropped = [frozenset(), *(subnet.dropped(stages) for subnet in subnets)]
+            dropped = [subnet.dropped(stages) for subnet in subnets]
+            if config.train_full:
+                dropped.insert(0, frozenset())
             ratios.append(ratio(make_plan(layers, dropped).cost()))
         mean = statistics.fmean(ratios)
         if statistics.stdev(ratios) <= ACCURACY * mean * math.sqrt(len(ratios)):
