@@ -34,6 +34,7 @@ SMALL = {
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
+    "bench/overhead.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/overhead.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
