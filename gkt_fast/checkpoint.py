@@ -22,7 +22,7 @@ __all__ = [
     "set_random_state",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):

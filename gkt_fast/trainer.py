@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from .checkpoint import (
     set_random_state,
 )
 from .config import GKTConfig
+from .distributed import agree, any_rank, gather, is_distributed, parallelize, rank, world_size
 from .evaluation import Evaluation, evaluate
 from .gkt import GKT, GKTOutput
 from .loggers import CsvLogger, Logger, Progress
@@ -46,6 +47,10 @@ class NonFiniteLossError(FloatingPointError):
 class GKTTrainer:
     """Trains a model by Group Knowledge based Training.
 
+    Where a process group of several processes exists (torchrun), every rank makes its own trainer of the same model
+    and calls the same methods: the step runs in DistributedDataParallel, metrics and evaluations are over all ranks,
+    and rank 0 alone prints and writes.
+
     Args:
         model: the network; moved to `device`.
         optimizer: over the model's parameters.
@@ -56,6 +61,7 @@ class GKTTrainer:
         amp: None for full precision, "bf16", or "fp16" (with dynamic loss scaling).
         channels_last: whether to use the channels_last memory format (faster convolutions).
         stages: see `GKT`.
+        ddp_options: further arguments of DistributedDataParallel.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or doesn't fit; the message names it.
@@ -73,6 +79,7 @@ class GKTTrainer:
         amp: str | None = None,
         channels_last: bool = False,
         stages: Sequence[str | Sequence[str]] | None = None,
+        ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}; it must be 'epoch' or 'step'")
@@ -87,6 +94,7 @@ class GKTTrainer:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.gkt = GKT(model, config, stages)
+        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
@@ -96,6 +104,7 @@ class GKTTrainer:
         self.epoch = 0
         self.best_accuracy = -math.inf
         self._batches_done = 0
+        self._samples_per_batch: int | None = None
         self._epoch_random_state: dict[str, Any] | None = None
         self._loader_generator: torch.Generator | None = None
         self._metrics = EpochMetrics(self.config, self.device)
@@ -125,7 +134,7 @@ class GKTTrainer:
         images, targets = self._to_device(images), targets.to(self.device, non_blocking=True)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.amp == "fp16" else None
         with self._autocast():
-            output = self.gkt(images, targets, loss_scale=scale)
+            output = self._parallel_gkt(images, targets, loss_scale=scale)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.loss).backward()
         self.scaler.step(self.optimizer)
@@ -168,6 +177,7 @@ class GKTTrainer:
         *,
         epochs: int,
         val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+        val_depths: Sequence[Subnet | Sequence[int]] = (),
         output_dir: str | Path | None = None,
         resume: bool | str | Path = True,
         log_interval: int = 50,
@@ -183,7 +193,9 @@ class GKTTrainer:
         Args:
             train_loader: (images, targets) batches; a `DistributedSampler` gets its epoch set.
             epochs: epochs in all, those of an earlier run that is resumed included.
-            val_loader: (images, class indices) batches, evaluated after every epoch.
+            val_loader: (images, class indices) batches, evaluated after every epoch; each rank's own share.
+            val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
+                estimated on the train_loader; `val_accuracy_D-D-D` in the metrics.
             output_dir: folder of the run; None: nothing is written.
             resume: True: go on from `last.pt` in `output_dir` if there is one. A path: go on from that checkpoint.
                 False: start anew.
@@ -195,7 +207,7 @@ class GKTTrainer:
             One dict of metrics per epoch of this call, as written to `summary.csv`.
 
         Raises:
-            ValueError: epochs or log_interval is out of range, or the train_loader is empty.
+            ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
             CheckpointError: the checkpoint to resume from can't be used.
             NonFiniteLossError: the loss is NaN or infinite; names the step.
         """
@@ -203,30 +215,55 @@ class GKTTrainer:
             raise ValueError(f"epochs is {epochs}; it must be at least 0")
         if log_interval < 1:
             raise ValueError(f"log_interval is {log_interval}; it must be at least 1")
+        subnets = [self._subnet(depths) for depths in val_depths]
+        if subnets and val_loader is None:
+            raise ValueError(
+                "val_depths is given and val_loader is None; subnets are evaluated on the val_loader"
+            )
         folder = None if output_dir is None else Path(output_dir)
         self._loader_generator = getattr(train_loader, "generator", None)
         self._prepare(folder, resume)
+        self._place_in_epoch(train_loader)
         steps = len(train_loader) if hasattr(train_loader, "__len__") else None  # type: ignore[arg-type]
-        bar = Progress(steps, epochs, log_interval, progress)
+        bar = Progress(steps, epochs, log_interval, progress and rank() == 0)
         receivers = [*loggers, *([CsvLogger(folder / "summary.csv", self.epoch)] if folder else [])]
+        if rank():
+            receivers = []
         history = []
         try:
             with self._deferred_interrupt():
                 while self.epoch < epochs:
                     metrics = self._train_epoch(train_loader, bar, log_interval, folder)
                     if val_loader is not None:
-                        evaluation = self.evaluate(val_loader)
-                        metrics |= {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
+                        metrics |= self._validate(val_loader, subnets, train_loader)
                     self._end_epoch(metrics, folder)
                     bar.end_epoch(metrics)
                     for receiver in receivers:
                         receiver.log_epoch(metrics)
                     history.append(metrics)
+                    if is_distributed() and self._stops(True):
+                        raise KeyboardInterrupt
         finally:
             bar.close()
             for receiver in receivers:
                 receiver.close()
         return history
+
+    def _subnet(self, depths: Subnet | Sequence[int]) -> Subnet:
+        try:
+            return depths if isinstance(depths, Subnet) else Subnet.ordered(depths, self.gkt.stages)
+        except ValueError as error:
+            raise ValueError(f"val_depths: {error}") from error
+
+    def _validate(
+        self, loader: Iterable[tuple[Tensor, Tensor]], subnets: Iterable[Subnet], calibration: Iterable[Any]
+    ) -> dict[str, float]:
+        full = self.evaluate(loader)
+        metrics = {"val_accuracy": full.accuracy, "val_loss": full.loss}
+        for subnet in subnets:
+            evaluation = self.evaluate(loader, subnet, calibration_loader=calibration)
+            metrics[f"val_accuracy_{subnet}"] = evaluation.accuracy
+        return metrics
 
     def _train_epoch(
         self, loader: Iterable[tuple[Tensor, Tensor]], bar: Progress, log_interval: int, folder: Path | None
@@ -245,7 +282,7 @@ class GKTTrainer:
             if read:
                 self._check_finite(metrics)
             bar.update(self._batches_done, metrics.means().items() if read else None)
-            if self._interrupted:
+            if self._stops(read):
                 self._check_finite(metrics)
                 self._save(folder)
                 raise KeyboardInterrupt
@@ -260,8 +297,13 @@ class GKTTrainer:
             **metrics.means(),
             "lr": learning_rate,
             "seconds": seconds,
-            "images_per_second": samples / seconds,
+            "images_per_second": samples * world_size() / seconds,
         }
+
+    def _stops(self, read: bool) -> bool:
+        """Whether to stop after this step. Ranks hear of an interruption at different times; they ask each other when
+        they read their metrics."""
+        return read and any_rank(self._interrupted, self.device) if is_distributed() else self._interrupted
 
     def _batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the epoch's batches: all of them, or after a resume those that were not trained on yet."""
@@ -307,7 +349,8 @@ class GKTTrainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on exactly: tensors and plain Python values."""
+        """Everything that training needs to go on exactly: tensors and plain Python values. Every rank must ask."""
+        random_states = gather((self._random_state(), self._epoch_random_state))
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -319,12 +362,13 @@ class GKTTrainer:
             "batches_done": self._batches_done,
             "best_accuracy": self.best_accuracy,
             "metrics": self._metrics.state_dict(),
-            "random_state": self._random_state(),
-            "epoch_random_state": self._epoch_random_state,
+            "samples_per_batch": self._samples_per_batch,
+            "random_states": [state for state, _ in random_states],
+            "epoch_random_states": [state for _, state in random_states],
         }
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Restores a checkpoint written by `fit`.
+        """Restores a checkpoint written by `fit`, also with another number of ranks than it was written with.
 
         Raises:
             CheckpointError: it can't be read, or is of another model, optimizer, schedule or number of groups;
@@ -358,25 +402,39 @@ class GKTTrainer:
         self.epoch = state["epoch"]
         self.best_accuracy = state["best_accuracy"]
         self._batches_done = state["batches_done"]
-        self._epoch_random_state = state["epoch_random_state"]
+        self._samples_per_batch = state["samples_per_batch"]
         self._metrics.load_state_dict(state["metrics"])
-        self._set_random_state(state["random_state"])
+        if rank() < len(state["random_states"]):
+            self._epoch_random_state = state["epoch_random_states"][rank()]
+            self._set_random_state(state["random_states"][rank()])
+        else:
+            self._epoch_random_state = self._random_state()
 
     def _prepare(self, folder: Path | None, resume: bool | str | Path) -> None:
-        if folder is not None:
+        if folder is not None and rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         if isinstance(resume, (str, Path)):
             self.load_checkpoint(resume)
         elif resume and folder is not None and (folder / "last.pt").exists():
             self.load_checkpoint(folder / "last.pt")
-        if folder is not None:
+        agree("the step that training resumes at", self.gkt.next_step)
+        if folder is not None and rank() == 0:
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
 
+    def _place_in_epoch(self, loader: Iterable[Any]) -> None:
+        """Of an epoch that was begun with other batches, by their size or the number of ranks: counts in these."""
+        size = getattr(loader, "batch_size", None)
+        now = None if size is None else size * world_size()
+        if self._samples_per_batch and now:
+            self._batches_done = self._batches_done * self._samples_per_batch // now
+        self._samples_per_batch = now
+
     def _save(self, folder: Path | None, best: bool = False) -> None:
-        if folder is not None:
-            save_checkpoint(
-                folder / "last.pt", self.state_dict(), copy_to=folder / "best.pt" if best else None
-            )
+        if folder is None:
+            return
+        state = self.state_dict()
+        if rank() == 0:
+            save_checkpoint(folder / "last.pt", state, copy_to=folder / "best.pt" if best else None)
 
     def _autocast(self) -> AbstractContextManager:
         if self.amp is None:
@@ -406,7 +464,7 @@ class GKTTrainer:
         previous = signal.getsignal(signal.SIGINT)
 
         def interrupt(signum: int, frame: Any) -> None:
-            if self._interrupted:
+            if self._interrupted and not is_distributed():  # torchrun passes on what the terminal sends too
                 raise KeyboardInterrupt
             self._interrupted = True
 

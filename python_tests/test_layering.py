@@ -27,7 +27,9 @@ ALLOWED = {
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
-    "gkt_fast.norm": ["gkt_fast.ops*"],
+    "gkt_fast.synchronized_norm": [],
+    "gkt_fast.distributed": [],
+    "gkt_fast.norm": ["gkt_fast.ops*", "gkt_fast.synchronized_norm"],
     "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
     "gkt_fast.execution*": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from .. import models
 from ..config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
 from ..data import Data, load_data
+from ..distributed import is_distributed, rank, share, torchrun_process_group, world_size
+from ..loggers import Logger, TensorBoardLogger, WandbLogger
 from ..methods import METHODS, method_config
 from ..sampling import SAMPLERS
 from ..subnet import Subnet
@@ -36,10 +38,16 @@ FIELDS = {field.name: field for field in dataclasses.fields(GKTConfig)}
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains and evaluates a network as the flags say."""
-    torch.manual_seed(getattr(args, "seed", GKTConfig.seed))
+    """Trains and evaluates a network as the flags say, as one of several processes under torchrun."""
+    with torchrun_process_group(args.device, args.timeout) as device:
+        args.device = str(device)
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
     data = load_data(args.data, args.image_size, args.train_images)
-    model = build_model(args.model, data)
+    model = _synchronized(args, build_model(args.model, data))
     optimizer = _optimizer(args, model)
     trainer = GKTTrainer(
         model,
@@ -51,6 +59,8 @@ def train(args: argparse.Namespace) -> None:
         channels_last=args.channels_last,
     )
     subnets = [_evaluated_subnet(depths, trainer) for depths in args.evaluate_depths or ()]
+    if is_distributed():
+        torch.manual_seed(args.seed + rank())  # the ranks' noise differs
     train_loader, val_loader = _loaders(args, data)
     output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
     resume: bool | Path = True if args.resume == "auto" else False if args.resume == "" else Path(args.resume)
@@ -58,17 +68,24 @@ def train(args: argparse.Namespace) -> None:
         train_loader,
         epochs=args.epochs,
         val_loader=val_loader,
+        val_depths=args.track_depths or (),
         output_dir=output,
         resume=resume,
         log_interval=args.log_interval,
+        loggers=_loggers(args, trainer, output),
     )
     result = trainer.evaluate(val_loader)
-    print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
+    _print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
     for subnet in subnets:
         result = trainer.evaluate(val_loader, subnet, calibration_loader=train_loader)
-        print(f"Test of depths {subnet}: accuracy {100 * result.accuracy:.2f} %")
+        _print(f"Test of depths {subnet}: accuracy {100 * result.accuracy:.2f} %")
     if output is not None:
-        print(f"Written to {output}")
+        _print(f"Written to {output}")
+
+
+def _print(line: str) -> None:
+    if rank() == 0:
+        print(line)
 
 
 def _config(args: argparse.Namespace, data: Data) -> GKTConfig:
@@ -114,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-images", type=parse_integer(1), help="digits: number of training images")
     add("--image-size", type=parse_integer(1), default=32, help="imagefolder: height and width")
     add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
-    add("-b", "--batch-size", type=parse_integer(1), default=128)
+    add("-b", "--batch-size", type=parse_integer(1), default=128, help="images per process")
     add("-j", "--workers", type=parse_integer(0), default=0)
     add("--epochs", type=parse_integer(0), default=20)
     add("--opt", choices=["sgd", "adamw"], default="sgd")
@@ -133,10 +150,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--amp", action=argparse.BooleanOptionalAction, default=False)
     add("--amp-dtype", choices=[*AMP_DTYPES], default="bf16")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=False)
+    add(
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torchrun, GPU: BatchNorm statistics over the batches of all processes",
+    )
+    add("--timeout", type=parse_number(1), default=600, help="torchrun: seconds to wait for another process")
     add("--output", type=Path, help="folder for runs; nothing is written without it")
     add("--experiment", help="name of the run's folder")
     add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
     add("--log-interval", type=parse_integer(1), default=50)
+    add("--log", choices=["tensorboard", "wandb"], nargs="+", default=[], help="beside summary.csv")
+    add("--wandb-project", default="gkt_fast")
+    add(
+        "--track-depths",
+        type=parse_depths,
+        nargs="+",
+        metavar="D-D-D",
+        help="subnets to evaluate after every epoch, with BatchNorm statistics of their own",
+    )
     add(
         "--evaluate-depths",
         type=parse_depths,
@@ -164,11 +197,12 @@ def _add_config(group: argparse._ArgumentGroup) -> None:
     }
     for name, field in FIELDS.items():
         flag = "--" + name.replace("_", "-")
+        default = field.default if name == "seed" else argparse.SUPPRESS
         if isinstance(field.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
         else:
             kind = special.get(name) or kinds[field.type.partition(" ")[0]]  # "float | None" is float
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=choices.get(name))
+            group.add_argument(flag, type=kind, default=default, choices=choices.get(name))
 
 
 def with_config_file(arguments: list[str]) -> list[str]:
@@ -187,7 +221,7 @@ def with_config_file(arguments: list[str]) -> list[str]:
         flag = str(name).replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif flag == "evaluate-depths" and isinstance(value, list):
+        elif flag in ("evaluate-depths", "track-depths", "log") and isinstance(value, list):
             flags += [f"--{flag}", *map(_flag_value, value)]
         elif value is not None:
             flags.append(f"--{flag}={_flag_value(value)}")
@@ -231,15 +265,42 @@ def _scheduler(
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[args.warmup_epochs])
 
 
+def _synchronized(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    if not args.sync_bn or not is_distributed():
+        return model
+    if args.model.startswith("timm:"):  # torch's converter would lose the activations in timm's norm layers
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _loggers(args: argparse.Namespace, trainer: GKTTrainer, output: Path | None) -> list[Logger]:
+    if args.log and output is None:
+        raise ValueError(
+            f"log is {' '.join(args.log)} and output is not given; logs are written to the run's folder"
+        )
+    loggers: list[Logger] = []
+    if "tensorboard" in args.log:
+        loggers.append(TensorBoardLogger(output / "tensorboard"))
+    if "wandb" in args.log:
+        flags = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+        loggers.append(WandbLogger(output, flags, project=args.wandb_project, name=output.name))
+    return loggers
+
+
 def _loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader]:
     options = {
         "num_workers": args.workers,
         "pin_memory": args.device.startswith("cuda"),
         "worker_init_fn": _ignore_interrupt,
     }
-    size = min(args.batch_size, len(data.train))  # type: ignore[arg-type]
-    train_loader = DataLoader(data.train, size, shuffle=True, drop_last=True, **options)
-    return train_loader, DataLoader(data.test, max(size, 256), **options)
+    size = min(args.batch_size, len(data.train) // world_size())  # type: ignore[arg-type]
+    sampler = DistributedSampler(data.train, seed=args.seed, drop_last=True) if is_distributed() else None
+    train_loader = DataLoader(
+        data.train, size, shuffle=sampler is None, sampler=sampler, drop_last=True, **options
+    )
+    return train_loader, DataLoader(share(data.test), max(size, 256), **options)
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -28,7 +28,7 @@ from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StackingError(SharedStateError):
