@@ -94,7 +94,9 @@ class GKTTrainer:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.gkt = GKT(model, config, stages)
-        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
+        # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
+        unused = {"find_unused_parameters": not self.config.train_full}
+        self._parallel_gkt = parallelize(self.gkt, self.device, {**unused, **(ddp_options or {})})
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
