@@ -11,7 +11,7 @@ import yaml
 from ..checkpoint import CheckpointError
 from ..ops import BackendError
 from ..trainer import NonFiniteLossError
-from . import environment, train
+from . import environment, plot, train
 from .train import with_config_file
 
 __all__ = ["main"]
@@ -19,6 +19,7 @@ __all__ = ["main"]
 COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "train": (train, "train a network"),
+    "plot": (plot, "draw the curves of training runs"),
 }
 
 
