@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import nn
 __all__ = [
     "CheckpointError",
     "check_model_state",
+    "check_training_state",
     "get_random_state",
     "load_checkpoint",
+    "remove_temporary_files",
     "save_checkpoint",
     "set_random_state",
 ]
@@ -36,9 +39,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path
         path: where to.
         state: tensors and plain Python values.
         copy_to: a second name for the same checkpoint, made without writing it twice where the file system can.
+
+    Raises:
+        CheckpointError: it can't be written, for example on a full disk; what was at `path` is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -47,18 +53,36 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path
         if copy_to is not None:
             _link(temporary, Path(copy_to))
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise  # of the state; torch reports a failed write as a RuntimeError, after the OSError
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise CheckpointError(f"{path} can't be written ({reason}); an earlier checkpoint is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint left behind."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _link(source: Path, target: Path) -> None:
-    link = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    link = _temporary(target)
     link.unlink(missing_ok=True)
     try:
-        os.link(source, link)
-    except OSError:
-        link.write_bytes(source.read_bytes())
-    os.replace(link, target)
+        try:
+            os.link(source, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, link)
+        os.replace(link, target)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -111,6 +135,37 @@ def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path)
         raise CheckpointError(
             f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
         )
+
+
+def check_training_state(state: dict[str, Any], own: dict[str, Any], path: str | Path) -> None:
+    """Checks that a checkpoint is of a training run like one's own, before anything is loaded.
+
+    Args:
+        state: the checkpoint.
+        own: the state of the run that it shall be loaded into.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: the optimizer's parameter groups differ; one has a scheduler or averaged weights and the
+            other has not; or the number of groups differs, whose distillation terms are averaged over the epoch.
+    """
+    groups, own_groups = (
+        [len(group["params"]) for group in each["optimizer"]["param_groups"]] for each in (state, own)
+    )
+    if groups != own_groups:
+        raise CheckpointError(
+            f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
+        )
+    for key, what in (("scheduler", "a scheduler"), ("ema", "averaged weights (ema_decay)")):
+        if (state[key] is None) != (own[key] is None):
+            written, here = ("without", "has them") if state[key] is None else ("with", "has none")
+            here = here.replace("them", "one") if key == "scheduler" else here
+            raise CheckpointError(f"{path} was written {written} {what}; this trainer {here}")
+    for name in ("groups", "train_full"):
+        if state["config"][name] != own["config"][name]:
+            raise CheckpointError(
+                f"{path} was written with {name}={state['config'][name]}, not {own['config'][name]}"
+            )
 
 
 def get_random_state() -> dict[str, Any]:

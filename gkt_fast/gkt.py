@@ -124,6 +124,7 @@ class GKT(nn.Module):
         targets: Tensor | None = None,
         step: int | None = None,
         loss_scale: float | Tensor | None = None,
+        kd_weight: float | None = None,
     ) -> GKTOutput | Any:
         """Runs the full network and the step's subnets.
 
@@ -135,6 +136,7 @@ class GKT(nn.Module):
                 call in training mode.
             loss_scale: factor on losses that are differentiated inside the forward (modes `sequential` and `lean`),
                 so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
+            kd_weight: weight of the distillation terms in this call; None: the configuration's.
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
@@ -148,7 +150,8 @@ class GKT(nn.Module):
         self._remember(inputs)
         subnets = self.sample(step)
         network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
-        streams = Streams(self._dropped(subnets), self.config, tuple(sample_resolutions(self.config, step)))
+        config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
+        streams = Streams(self._dropped(subnets), config, tuple(sample_resolutions(config, step)))
         run = self._run if len(streams.dropped) > 1 else run_plain
         result = run(network, inputs, targets, streams, loss_scale)
         if self.training:

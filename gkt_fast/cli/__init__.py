@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import yaml
 
+from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
+from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from ..trainer import NonFiniteLossError
 from . import environment, plot, train
 from .train import with_config_file
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BackendError,
         CheckpointError,
+        DataLoadingError,
         ImportError,
         NonFiniteLossError,
         OSError,
