@@ -25,6 +25,7 @@ __all__ = [
     "average_batch_norm",
     "gather",
     "is_distributed",
+    "is_sharded",
     "parallelize",
     "rank",
     "reduce_min",

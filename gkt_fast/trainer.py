@@ -117,7 +117,9 @@ class GKTTrainer:
             for stage in self.gkt.stages:
                 for path in stage.blocks:
                     model.get_submodule(path).compile()
-        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
+        # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
+        unused = {"find_unused_parameters": not self.config.train_full}
+        self._parallel_gkt = parallelize(self.gkt, self.device, {**unused, **(ddp_options or {})})
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval

@@ -33,7 +33,7 @@ ALLOWED = {
     "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
     "gkt_fast.execution*": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm",
+        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm", "gkt_fast.distributed",
     ],
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
     "gkt_fast.gkt": [
