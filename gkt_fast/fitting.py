@@ -131,9 +131,7 @@ class Fitting:
         self._tell("on_epoch_start")
         for images, targets in batches.rest():
             step = trainer.gkt.next_step - (1 if optimization.batches else 0)
-            last_of_epoch = batches.done + 1 == self.steps
-            update = None if self.steps is None else optimization.is_last() or last_of_epoch
-            output = trainer.step(images, targets, update=update)
+            output = trainer.step(images, targets, **self._update_option())
             trainer.metrics.update(output, step)
             self._tell("on_step_end", output)
             samples += len(images)
@@ -166,6 +164,13 @@ class Fitting:
         if trainer.skip_nonfinite:
             metrics["skipped_steps"] = self._skipped
         return metrics
+
+    def _update_option(self) -> dict[str, bool]:
+        """Tells `step` where an epoch ends before the step is complete."""
+        optimization = self.trainer.optimization
+        if optimization.accumulate == 1 or self.steps is None:
+            return {}
+        return {"update": optimization.is_last() or self.trainer.batches.done + 1 == self.steps}
 
     def _finish_last_step(self) -> None:
         """Of an epoch whose length was not known before."""

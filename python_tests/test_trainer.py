@@ -120,12 +120,12 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path
     step = stopped.step
     calls = 0
 
-    def step_with_interrupt(*batch, **options):
+    def step_with_interrupt(*batch):
         nonlocal calls
         calls += 1
         if calls == interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(*batch, **options)
+        return step(*batch)
 
     stopped.step = step_with_interrupt
     with pytest.raises(KeyboardInterrupt):
