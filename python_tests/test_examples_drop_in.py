@@ -50,7 +50,7 @@ def test_the_readme_shows_exactly_what_a_bare_loop_changes():
     shown = [block for block in fenced_blocks(README) if block.language == "diff"]
     assert len(shown) == 1
     assert [line.rstrip() for line in shown[0].text.splitlines()] == expected
-    changed = [line for line in expected if line[0] in "+-" and line[1:].strip()]
+    changed = [line for line in expected if line[:1] in ("+", "-") and line[1:].strip()]
     assert len(changed) <= 10
 
 
