@@ -66,7 +66,7 @@ def torchrun_process_group(device: torch.device | str, timeout: float = 600.0) -
         This process's device.
     """
     device = torch.device(device)
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         yield device
         return
     if device.type == "cuda":
