@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import Tensor
 
+from .batches import dead_workers_named
 from .callbacks import Callback
 from .checkpoint import remove_temporary_files, save_checkpoint
 from .distributed import agree, any_rank, is_distributed, rank, world_size
@@ -101,7 +102,7 @@ class Fitting:
         history = []
         try:
             self._tell("on_fit_start")
-            with deferred_interrupt() as self.interruption:
+            with deferred_interrupt() as self.interruption, dead_workers_named(self.trainer.batches):
                 while self.trainer.epoch < self.epochs:
                     metrics = self._train_epoch() | self._validate()
                     self._tell("on_epoch_end", metrics)

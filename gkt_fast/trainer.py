@@ -281,7 +281,7 @@ class GKTTrainer:
         Raises:
             ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
             CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
-            DataLoadingError: a worker process of the train_loader died.
+            DataLoadingError: a worker process of a loader died.
             NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
         """
         return Fitting(
