@@ -114,15 +114,16 @@ class WandbLogger:
     def log_epoch(self, metrics: dict[str, float]) -> None:
         """Logs the metrics at their epoch; the first call starts or resumes the run, so that other ranks start none."""
         if self._run is None:
-            self._run = self._wandb.init(dir=str(self.folder), resume="allow", id=self._id(), **self._options)
+            self._run = self._start()
         self._run.log({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
 
-    def _id(self) -> str:
+    def _start(self) -> Any:
         file = self.folder / "wandb" / "gkt_fast_run_id"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(self._wandb.util.generate_id())
-        return file.read_text()
+        run_id = file.read_text() if file.exists() else None
+        run = self._wandb.init(dir=str(self.folder), id=run_id, resume="allow", **self._options)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run.id)
+        return run
 
     def close(self) -> None:
         """Ends the run."""

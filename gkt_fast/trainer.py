@@ -39,6 +39,10 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class GKTTrainer:
     """Trains a model by Group Knowledge based Training.
 
+    Where a process group of several processes exists (torchrun), every rank makes its own trainer of the same model
+    and calls the same methods: the step runs in DistributedDataParallel, metrics and evaluations are over all ranks,
+    and rank 0 alone prints and writes.
+
     Args:
         model: the network; moved to `device`.
         optimizer: over the model's parameters.

@@ -98,7 +98,9 @@ def outcome(ddp: DistributedDataParallel, batch: tuple[Tensor, ...], step: int) 
     output = ddp(*batch, step=step)
     output.loss.backward()
     mean = [reduce_sum(value.detach()) / world_size() for value in (output.loss, output.ce, output.kd)]
-    return outcome_of(ddp.module.model, batch[:1], mean[0], torch.cat([mean[1][None], mean[2]]), output.logits)
+    return outcome_of(
+        ddp.module.model, batch[:1], mean[0], torch.cat([mean[1][None], mean[2]]), output.logits
+    )
 
 
 def expected_outcome(model: nn.Module, batch: tuple[Tensor, ...], step: int, policy: str = "full") -> Outcome:
@@ -112,7 +114,9 @@ def mean_over_parts(model: nn.Module, batch: tuple[Tensor, ...], step: int) -> O
     """Each rank's part by itself: this rank's logits and buffers, the means of all else."""
     outcomes = [expected_outcome(copy.deepcopy(model), part, step) for part in parts(batch)]
     mean = copy.copy(outcomes[dist.get_rank()])
-    mean.loss, mean.terms = (torch.stack([getattr(one, n) for one in outcomes]).mean(0) for n in ("loss", "terms"))
+    mean.loss, mean.terms = (
+        torch.stack([getattr(one, n) for one in outcomes]).mean(0) for n in ("loss", "terms")
+    )
     mean.gradients = {n: torch.stack([one.gradients[n] for one in outcomes]).mean(0) for n in mean.gradients}
     return mean
 
@@ -363,7 +367,11 @@ def with_reason(error: type[Exception], words: str, call: Any) -> None:
 
 
 def check_values_that_differ_are_named() -> None:
-    with_reason(RuntimeError, "the depth differs between ranks (rank 0: 0, rank 1: 1", lambda: agree("the depth", dist.get_rank()))
+    with_reason(
+        RuntimeError,
+        "the depth differs between ranks (rank 0: 0, rank 1: 1",
+        lambda: agree("the depth", dist.get_rank()),
+    )
 
 
 def check_a_rank_that_hangs_ends_the_others_wait(folder: Path) -> None:

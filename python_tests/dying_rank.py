@@ -1,6 +1,6 @@
 """Training under torchrun in which rank 1 can't read its data in the second epoch; started by test_distributed.py.
 
-    torchrun --nproc-per-node 2 dying_rank.py FOLDER
+torchrun --nproc-per-node 2 dying_rank.py FOLDER
 """
 
 import sys

@@ -12,7 +12,7 @@ from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
 from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from . import environment, train
+from . import environment, plot, train
 from .train import with_config_file
 
 __all__ = ["main"]
@@ -20,6 +20,7 @@ __all__ = ["main"]
 COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "train": (train, "train a network"),
+    "plot": (plot, "draw the curves of training runs"),
 }
 
 
