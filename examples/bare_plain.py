@@ -11,7 +11,7 @@ images, targets = (torch.tensor(array) for array in load_digits(return_X_y=True)
 images = (images.float() / 8 - 1).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
 train_set, test_set = (TensorDataset(images[i::6], targets[i::6]) for i in (0, 1))
 train_loader = DataLoader(train_set, batch_size=32, shuffle=True, drop_last=True)
-epochs = 6
+epochs = 4
 
 
 @torch.no_grad()

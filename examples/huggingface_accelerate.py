@@ -18,7 +18,7 @@ from gkt_fast.models import cifar_resnet
 def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     set_seed(0)
-    data, epochs = digits(320), 3
+    data, epochs = digits(320), 2
     gkt = GKT(cifar_resnet(14, data.num_classes, in_channels=data.in_channels), GKTConfig(groups=3))
     optimizer = torch.optim.SGD(gkt.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 10)

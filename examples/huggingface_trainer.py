@@ -91,8 +91,9 @@ def main() -> None:
     model = GKTForImageClassification(ResNetForImageClassification(config), GKTConfig(groups=3))
     arguments = TrainingArguments(
         "huggingface_run",
-        num_train_epochs=3,
+        num_train_epochs=2,
         per_device_train_batch_size=32,
+        per_device_eval_batch_size=500,
         learning_rate=3e-3,
         save_strategy="epoch",
         eval_strategy="epoch",

@@ -51,7 +51,7 @@ def main() -> None:
     data = digits(320)
     module = GKTModule(cifar_resnet(14, data.num_classes, in_channels=data.in_channels), GKTConfig(groups=3))
     trainer = lightning.Trainer(
-        max_epochs=3,
+        max_epochs=2,
         accelerator="auto",
         log_every_n_steps=5,
         default_root_dir="lightning_run",

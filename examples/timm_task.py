@@ -63,13 +63,10 @@ def main() -> None:
     torch.manual_seed(0)
     data = digits(320)
     train_loader = DataLoader(data.train, 32, shuffle=True, drop_last=True)
-    # zero_init_last would let all blocks begin as identities, and the subnets with nothing to learn.
-    model = timm.create_model(
-        "resnet18", num_classes=data.num_classes, in_chans=data.in_channels, zero_init_last=False
-    )
+    model = timm.create_model("resnet18", num_classes=data.num_classes, in_chans=data.in_channels)
     task = GKTTask(model, GKTConfig(groups=3, label_smoothing=0.1))
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.02, momentum=0.9, weight_decay=5e-4)
-    scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=3)
+    scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=2)
     task.setup_ema(decay=0.9)
 
     for epoch in range(epochs):
@@ -85,7 +82,7 @@ def main() -> None:
             for name, meter in losses.items():
                 meter.update(result[name].item(), len(images))
         scheduler.step(epoch + 1)
-        means = " ".join(f"{name} {meter.avg:.4f}" for name, meter in losses.items())
+        means = " ".join(f"{name} {meter.avg:.3g}" for name, meter in losses.items())
         print(f"epoch {epoch + 1}: {means} top1 {validate(task.get_eval_model(), data.test):.1f} %")
     print(f"averaged weights: top1 {validate(task.get_eval_model(ema=True), data.test):.1f} %")
 
