@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +12,33 @@ from torch import Tensor
 from .checkpoint import get_random_state, set_random_state
 from .distributed import gather, rank, world_size
 
-__all__ = ["DataLoadingError", "EpochBatches"]
+__all__ = ["DataLoadingError", "EpochBatches", "dead_workers_named"]
 
 
 class DataLoadingError(RuntimeError):
     """A process that loads data died. Training goes on from the last checkpoint."""
 
 
+@contextmanager
+def dead_workers_named(batches: EpochBatches) -> Iterator[None]:
+    """Inside, the death of a worker process of torch's DataLoader, of which torch tells anywhere, since it hears of it
+    by a signal, is raised as a `DataLoadingError` that says where training was."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataLoadingError(
+            f"{str(error).splitlines()[0].rstrip(' .')}, at batch {batches.done + 1} of epoch {batches.epoch + 1}; "
+            "training can go on from the last checkpoint"
+        ) from error
+
+
 class EpochBatches:
     """Hands out the batches of one epoch after the other; can stop in the middle of one and go on exactly.
 
-    Args:
-        loader: what to iterate over, once per epoch; None until `attach`.
+    `epoch` counts the epochs that are done, `done` the batches of the current one that were trained on; who trains adds
+    to it.
     """
 
     def __init__(self) -> None:
@@ -47,43 +63,15 @@ class EpochBatches:
             self.done = self.done * self._samples_per_batch // now
         self._samples_per_batch = now
 
-    def __len__(self) -> int:
-        """Batches of an epoch.
-
-        Raises:
-            TypeError: the loader doesn't know.
-        """
-        return len(self._loader)  # type: ignore[arg-type]
-
     def length(self) -> int | None:
         """Batches of an epoch; None: the loader doesn't know."""
         try:
-            return len(self)
+            return len(self._loader)  # type: ignore[arg-type]
         except TypeError:
             return None
 
     def rest(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch's batches: all of them, or after a resume those that were not trained on yet.
-
-        Raises:
-            DataLoadingError: a worker process of the loader died.
-        """
-        batches = self._batches()
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise DataLoadingError(
-                    f"{str(error).splitlines()[0]} It was loading batch {self.done + 1} of epoch {self.epoch + 1}; "
-                    "training can go on from the last checkpoint"
-                ) from error
-            if batch is None:
-                return
-            yield batch
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the epoch's batches: all of them, or after a resume those that were not trained on yet."""
         sampler = getattr(self._loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import Tensor
 
+from .batches import dead_workers_named
 from .callbacks import Callback
 from .checkpoint import remove_temporary_files, save_checkpoint
 from .distributed import agree, any_rank, is_distributed, rank, world_size
@@ -40,6 +41,7 @@ class Fitting:
         epochs: int,
         val_loader: Iterable[tuple[Tensor, Tensor]] | None,
         val_depths: Sequence[Subnet | Sequence[int]],
+        calibration_loader: Iterable[Any],
         output_dir: str | Path | None,
         resume: bool | str | Path,
         log_interval: int,
@@ -56,7 +58,7 @@ class Fitting:
                 "val_depths is given and val_loader is None; subnets are evaluated on the val_loader"
             )
         self.trainer = trainer
-        self.train_loader = train_loader
+        self.calibration_loader = calibration_loader
         self.epochs = epochs
         self.val_loader = val_loader
         self.val_subnets = [self._subnet(depths) for depths in val_depths]
@@ -101,7 +103,7 @@ class Fitting:
         history = []
         try:
             self._tell("on_fit_start")
-            with deferred_interrupt() as self.interruption:
+            with deferred_interrupt() as self.interruption, dead_workers_named(self.trainer.batches):
                 while self.trainer.epoch < self.epochs:
                     metrics = self._train_epoch() | self._validate()
                     self._tell("on_epoch_end", metrics)
@@ -196,7 +198,9 @@ class Fitting:
             averaged = self.trainer.evaluate(self.val_loader, ema=True)
             metrics |= {"val_accuracy_ema": averaged.accuracy, "val_loss_ema": averaged.loss}
         for subnet in self.val_subnets:
-            evaluation = self.trainer.evaluate(self.val_loader, subnet, calibration_loader=self.train_loader)
+            evaluation = self.trainer.evaluate(
+                self.val_loader, subnet, calibration_loader=self.calibration_loader
+            )
             metrics[f"val_accuracy_{subnet}"] = evaluation.accuracy
         return metrics
 

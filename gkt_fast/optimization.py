@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .distributed import reduce_min
 from .nonfinite import StepGuard
 
 __all__ = ["Optimization"]
@@ -114,6 +115,8 @@ class Optimization:
                 self._clip(norm)
             if self._guard is not None and not self.scaler.is_enabled():
                 self._finite = self._finite & torch.isfinite(norm)
+        if self._guard is not None:
+            self._finite = reduce_min(self._finite.int()).bool()  # a step of all ranks, or of none
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self._guard is not None:

@@ -251,6 +251,7 @@ class GKTTrainer:
         epochs: int,
         val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
         val_depths: Sequence[Subnet | Sequence[int]] = (),
+        calibration_loader: Iterable[Any] | None = None,
         output_dir: str | Path | None = None,
         resume: bool | str | Path = True,
         log_interval: int = 50,
@@ -270,7 +271,8 @@ class GKTTrainer:
             epochs: epochs in all, those of an earlier run that is resumed included.
             val_loader: (images, class indices) batches, evaluated after every epoch; each rank's own share.
             val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
-                estimated on the train_loader; `val_accuracy_D-D-D` in the metrics.
+                estimated on the calibration_loader; `val_accuracy_D-D-D` in the metrics.
+            calibration_loader: training images as they are without mixup and the like; None: the train_loader.
             output_dir: folder of the run; None: nothing is written.
             resume: True: go on from `last.pt` in `output_dir` if there is one. A path: go on from that checkpoint.
                 False: start anew.
@@ -285,7 +287,7 @@ class GKTTrainer:
         Raises:
             ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
             CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
-            DataLoadingError: a worker process of the train_loader died.
+            DataLoadingError: a worker process of a loader died.
             NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
         """
         return Fitting(
@@ -294,6 +296,7 @@ class GKTTrainer:
             epochs=epochs,
             val_loader=val_loader,
             val_depths=val_depths,
+            calibration_loader=train_loader if calibration_loader is None else calibration_loader,
             output_dir=output_dir,
             resume=resume,
             log_interval=log_interval,

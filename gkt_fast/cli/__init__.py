@@ -13,7 +13,7 @@ from ..checkpoint import CheckpointError
 from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
 from . import environment, plot, train
-from .train import with_config_file
+from .config_file import with_config_file
 
 __all__ = ["main"]
 
