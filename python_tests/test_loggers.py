@@ -99,7 +99,7 @@ def write_run(folder: Path, rows: list[dict[str, object]]) -> Path:
 def epochs(count: int, accuracy: float) -> list[dict[str, object]]:
     return [
         {"epoch": e, "train_loss": 2.0 - e, "kd_group1": 0.5, "kd_group2": 0.25, "val_accuracy": accuracy}
-        | {"val_loss": 3.0, "val_accuracy_1-1-1": accuracy / 2}
+        | {"val_loss": 3.0, "val_accuracy_1-1-1": accuracy / 2, "val_accuracy_ema": 0.75}
         for e in range(count)
     ]
 
@@ -111,9 +111,13 @@ def curves(axes) -> dict[str, tuple[list[float], list[float]]]:
 def test_plot_shows_loss_distillation_and_accuracies_of_a_run(tmp_path):
     run = write_run(tmp_path / "run", epochs(2, 0.5))
     loss, distillation, accuracy = draw([read_run(run)]).axes
-    assert curves(loss) == {"train": ([1, 2], [2.0, 1.0]), "validation": ([1, 2], [3.0, 3.0])}
+    assert curves(loss) == {"training": ([1, 2], [2.0, 1.0]), "validation": ([1, 2], [3.0, 3.0])}
     assert curves(distillation) == {"group 1": ([1, 2], [0.5, 0.5]), "group 2": ([1, 2], [0.25, 0.25])}
-    assert curves(accuracy) == {"full network": ([1, 2], [50, 50]), "depths 1-1-1": ([1, 2], [25, 25])}
+    assert curves(accuracy) == {
+        "full network": ([1, 2], [50, 50]),
+        "depths 1-1-1": ([1, 2], [25, 25]),
+        "full network, averaged weights": ([1, 2], [75, 75]),
+    }
     assert accuracy.get_ylabel() == "accuracy (%)"
 
 
@@ -122,6 +126,8 @@ def test_plot_of_several_runs(tmp_path, capsys):
     plain = [{"epoch": e, "train_loss": 1.0, "val_accuracy": 0.25} for e in range(3)]
     later = epochs(3, 0.5)
     del later[0]["val_accuracy_1-1-1"]
+    for row in later:
+        del row["val_accuracy_ema"]
     folders = [write_run(tmp_path / name, rows) for name, rows in (("a", plain), ("b", later))]
     _, _, accuracy = draw([read_run(folder) for folder in folders]).axes
     assert curves(accuracy) == {

@@ -23,6 +23,14 @@ PANELS = (
     ("accuracy of the network and of subnets", ("val_accuracy",), "accuracy (%)"),
 )
 """Title, first letters of the columns, label of the axis."""
+LABELS = {
+    "train_loss": "training",
+    "val_loss": "validation",
+    "val_loss_ema": "validation, averaged weights",
+    "val_accuracy": "full network",
+    "val_accuracy_ema": "full network, averaged weights",
+}
+"""Of columns whose name doesn't say it."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,7 @@ def _draw_run(axes: Axes, run: Run, prefixes: tuple[str, ...], colour: str, seve
 
 
 def _label(column: str) -> str:
-    if column.startswith("val_accuracy"):
-        return (
-            f"depths {column.removeprefix('val_accuracy_')}" if column != "val_accuracy" else "full network"
-        )
-    if column.startswith("kd_group"):
-        return f"group {column.removeprefix('kd_group')}"
-    return column.removesuffix("_loss").replace("val", "validation")
+    if column in LABELS:
+        return LABELS[column]
+    kind, _, what = column.rpartition("_")
+    return f"depths {what}" if kind == "val_accuracy" else what.replace("group", "group ")
