@@ -8,6 +8,7 @@ from .evaluation import Evaluation, evaluate
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
+from .loggers import TensorBoardLogger, WandbLogger
 from .losses import GroupKnowledgeLoss
 from .methods import METHODS, method_config
 from .nonfinite import NonFiniteLossError
@@ -34,6 +35,8 @@ __all__ = [
     "NonFiniteLossError",
     "Stage",
     "Subnet",
+    "TensorBoardLogger",
+    "WandbLogger",
     "__version__",
     "active_subnet",
     "evaluate",
