@@ -43,7 +43,7 @@ ALLOWED = {
     "gkt_fast.survival": [
         "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
     ],
-    "gkt_fast.checkpoint": [],
+    "gkt_fast.checkpoint": ["gkt_fast.config"],
     "gkt_fast.schedules": [],
     "gkt_fast.nonfinite": [],
     "gkt_fast.weight_average": [],

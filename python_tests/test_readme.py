@@ -219,6 +219,7 @@ def broken_links(path: Path, text: str) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ +(.*)", prose, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    prose = re.sub(r"`[^`\n]*`", "", prose)
     targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
     targets += re.findall(r"^\[[^\]]+\]: +(\S+)", prose, re.MULTILINE)
     broken = []
