@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+from .config import GKTConfig
 
 __all__ = [
     "CheckpointError",
@@ -137,34 +140,42 @@ def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path)
         )
 
 
-def check_training_state(state: dict[str, Any], own: dict[str, Any], path: str | Path) -> None:
+def check_training_state(
+    state: dict[str, Any],
+    path: str | Path,
+    *,
+    optimizer: Optimizer,
+    config: GKTConfig,
+    scheduler: bool,
+    ema: bool,
+) -> None:
     """Checks that a checkpoint is of a training run like one's own, before anything is loaded.
 
     Args:
         state: the checkpoint.
-        own: the state of the run that it shall be loaded into.
-        path: of the checkpoint, for the message.
+        path: where it was read from, for the message.
+        optimizer: one's own; its parameter groups must be as large.
+        config: one's own; the numbers of distillation terms, which are averaged over an epoch, must be equal.
+        scheduler: whether there is a learning-rate schedule.
+        ema: whether there are averaged weights.
 
     Raises:
-        CheckpointError: the optimizer's parameter groups differ; one has a scheduler or averaged weights and the
-            other has not; or the number of groups differs, whose distillation terms are averaged over the epoch.
+        CheckpointError: they differ in one of these.
     """
-    groups, own_groups = (
-        [len(group["params"]) for group in each["optimizer"]["param_groups"]] for each in (state, own)
-    )
+    groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own_groups = [len(group["params"]) for group in optimizer.param_groups]
     if groups != own_groups:
         raise CheckpointError(
             f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
         )
-    for key, what in (("scheduler", "a scheduler"), ("ema", "averaged weights (ema_decay)")):
-        if (state[key] is None) != (own[key] is None):
-            written, here = ("without", "has them") if state[key] is None else ("with", "has none")
-            here = here.replace("them", "one") if key == "scheduler" else here
-            raise CheckpointError(f"{path} was written {written} {what}; this trainer {here}")
+    for key, what, here in (("scheduler", "a scheduler", scheduler), ("ema", "averaged weights", ema)):
+        if (state[key] is not None) != here:
+            there, own = ("without", "with") if here else ("with", "without")
+            raise CheckpointError(f"{path} was written {there} {what}; this trainer is {own}")
     for name in ("groups", "train_full"):
-        if state["config"][name] != own["config"][name]:
+        if state["config"][name] != getattr(config, name):
             raise CheckpointError(
-                f"{path} was written with {name}={state['config'][name]}, not {own['config'][name]}"
+                f"{path} was written with {name}={state['config'][name]}, not {getattr(config, name)}"
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 __all__ = ["NonFiniteLossError", "StepGuard", "non_finite_entries"]
@@ -74,13 +75,15 @@ def _tensors_in(key: tuple[Any, ...], values: dict[Any, Any]) -> Iterator[tuple[
 
 
 def non_finite_entries(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that hold NaN or infinity. Reads them: the host waits."""
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    if not state:
+    """Names of the parameters and BatchNorm statistics that hold NaN or infinity. Reads them: the host waits.
+
+    Other buffers may hold infinity on purpose, as masks do.
+    """
+    tensors = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            tensors |= {f"{path}.{name}": buffer for name, buffer in module.named_buffers()}
+    if not tensors:
         return []
-    finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
-    return [name for name, good in zip(state, finite, strict=True) if not good]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return [name for name, good in zip(tensors, finite, strict=True) if not good]

@@ -339,7 +339,14 @@ class GKTTrainer:
         """
         state = load_checkpoint(path)
         check_model_state(self.model, state["model"], path)
-        check_training_state(state, self.state_dict(), path)
+        check_training_state(
+            state,
+            path,
+            optimizer=self.optimizer,
+            config=self.config,
+            scheduler=self.scheduler is not None,
+            ema=self._average is not None,
+        )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
@@ -350,6 +357,7 @@ class GKTTrainer:
         self.gkt.set_extra_state(state["gkt"])
         self.best_accuracy = state["best_accuracy"]
         self.optimization.skipped.copy_(state["skipped_steps"])
+        self.optimization.batches = 0  # gradients at hand are of a step that was broken off
         self.metrics.load_state_dict(state["metrics"])
         self.batches.load_state_dict(state)
 

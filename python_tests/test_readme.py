@@ -37,6 +37,7 @@ SMALL = {
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
+    "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
     "examples/minimal.py": "",
 }
@@ -218,6 +219,7 @@ def broken_links(path: Path, text: str) -> list[str]:
     prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ +(.*)", prose, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    prose = re.sub(r"`[^`\n]*`", "", prose)
     targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
     targets += re.findall(r"^\[[^\]]+\]: +(\S+)", prose, re.MULTILINE)
     broken = []
