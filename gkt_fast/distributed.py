@@ -83,22 +83,24 @@ def parallelize(gkt: nn.Module, device: torch.device, options: Mapping[str, Any]
     """`gkt` in DistributedDataParallel where there are several processes, else `gkt` itself. Collective.
 
     Args:
-        gkt: the module whose forward gives the loss.
+        gkt: a `GKT`.
         device: where it is.
         options: further arguments of DistributedDataParallel, such as `bucket_cap_mb`.
 
     Raises:
         ValueError: the model is sharded by `fully_shard`.
     """
-    if not is_distributed():
-        return gkt
     if is_sharded(gkt):
         raise ValueError(
             "model is sharded by fully_shard; GKTTrainer trains with DistributedDataParallel, whose checkpoints hold "
             "whole parameters. Train a sharded model with GKT in a loop of your own"
         )
+    if not is_distributed():
+        return gkt
+    # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
+    unused = {"find_unused_parameters": not gkt.config.train_full}
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(gkt, device_ids=device_ids, **(options or {}))
+    return DistributedDataParallel(gkt, device_ids=device_ids, **{**unused, **(options or {})})
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -121,9 +121,7 @@ class GKTTrainer:
             for stage in self.gkt.stages:
                 for path in stage.blocks:
                     model.get_submodule(path).compile()
-        # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
-        unused = {"find_unused_parameters": not self.config.train_full}
-        self._parallel_gkt = parallelize(self.gkt, self.device, {**unused, **(ddp_options or {})})
+        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
