@@ -3,6 +3,7 @@
 from .batches import DataLoadingError
 from .callbacks import Callback
 from .checkpoint import CheckpointError
+from .compilation import compile_blocks
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
@@ -39,6 +40,7 @@ __all__ = [
     "WandbLogger",
     "__version__",
     "active_subnet",
+    "compile_blocks",
     "evaluate",
     "extract_subnet",
     "fuse_blocks",

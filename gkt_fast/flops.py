@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .execution.interception import Site, intercept
 from .plan import Layer
 
-__all__ = ["count_layers", "one_sample", "same_form"]
+__all__ = ["count_layers", "one_sample", "same_form", "zeros_for"]
 
 
 def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -33,14 +33,26 @@ def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
 
 
+def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Zeros in the form of `inputs` on the model's device, floating point ones in the dtype of its parameters."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = parameter.dtype if value.is_floating_point() else value.dtype
+        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
+
+    return tuple(map(zeros, inputs))
+
+
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
     """Runs the model once in evaluation mode and counts the layers at `sites`, in order of execution.
 
     Args:
         model: the network; left in the mode it was in, with the random state it had.
         sites: its blocks and the modules between them.
-        inputs: the model's positional arguments in the form of `one_sample`. The model gets zeros, floating
-            point ones in the dtype of its parameters.
+        inputs: the model's positional arguments in the form of `one_sample`; the model gets `zeros_for` them.
     """
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
@@ -64,14 +76,6 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         layers.append(Layer(site.path, site.is_block, flops, sum(saved.values())))
         return output
 
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def zeros(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        dtype = parameter.dtype if value.is_floating_point() else value.dtype
-        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
-
     model.eval()
     try:
         with (
@@ -81,7 +85,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             intercept(model, sites, call),
             counter,
         ):
-            model(*map(zeros, inputs))
+            model(*zeros_for(model, inputs))
     finally:
         for module, mode in training.items():
             module.training = mode

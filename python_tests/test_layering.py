@@ -26,6 +26,7 @@ ALLOWED = {
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
+    "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
     "gkt_fast.synchronized_norm": [],
     "gkt_fast.distributed": [],
@@ -39,6 +40,7 @@ ALLOWED = {
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
+        "gkt_fast.compilation",
     ],
     "gkt_fast.survival": [
         "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
