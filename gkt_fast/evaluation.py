@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .execution.states import logits_of
-from .extraction import active_subnet, batch_norm_state, recalibrate_batch_norm
-from .subnet import Stage, Subnet
+from .extraction import Stages, active_subnet, batch_norm_state, recalibrate_batch_norm
+from .subnet import Subnet
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -39,7 +39,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     depths: Subnet | Sequence[int] | None = None,
     *,
-    stages: Sequence[Stage] | None = None,
+    stages: Stages | None = None,
     calibration_loader: Iterable[Any] | None = None,
     calibration_samples: int = 2000,
     ignore_index: int = -100,
