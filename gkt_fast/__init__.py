@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
+from .export import ExportError, export_onnx
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
@@ -17,6 +18,7 @@ __all__ = [
     "GKT",
     "CheckpointError",
     "Evaluation",
+    "ExportError",
     "GKTConfig",
     "GKTOutput",
     "GKTTrainer",
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "active_subnet",
     "evaluate",
+    "export_onnx",
     "extract_subnet",
     "fuse_blocks",
     "ghost_batch_norm",

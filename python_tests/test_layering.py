@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXTERNAL = {
     "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
-    "tensorboard", "wandb", "PIL",
+    "onnxruntime", "tensorboard", "wandb", "PIL",
 }  # fmt: skip
 
 ALLOWED = {
