@@ -11,6 +11,15 @@ from .losses import GroupKnowledgeLoss
 from .methods import METHODS, method_config
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
 from .subnet import Stage, Subnet
+from .subnet_table import (
+    SubnetResult,
+    best_subnet,
+    choose_subnets,
+    evaluate_subnets,
+    pareto_front,
+    plot_subnets,
+    write_subnets_csv,
+)
 from .survival import survival_scaling
 from .trainer import GKTTrainer, NonFiniteLossError
 
@@ -29,17 +38,24 @@ __all__ = [
     "NonFiniteLossError",
     "Stage",
     "Subnet",
+    "SubnetResult",
     "__version__",
     "active_subnet",
+    "best_subnet",
+    "choose_subnets",
     "evaluate",
+    "evaluate_subnets",
     "export_onnx",
     "extract_subnet",
     "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
     "method_config",
+    "pareto_front",
+    "plot_subnets",
     "recalibrate_batch_norm",
     "survival_scaling",
     "unfuse_blocks",
     "use_backend",
+    "write_subnets_csv",
 ]

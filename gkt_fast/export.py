@@ -16,7 +16,7 @@ from .extraction import Stages, extract_subnet
 from .fusion import unfuse_blocks
 from .subnet import Subnet
 
-__all__ = ["ExportError", "export_onnx"]
+__all__ = ["ExportError", "check_writable", "export_onnx"]
 
 
 class ExportError(RuntimeError):
@@ -70,9 +70,8 @@ def export_onnx(
             f"inputs holds ({kinds}); it must be a tensor with a batch dimension, or a tuple of such"
         )
     network = _Logits(_standalone(model, depths, stages)).eval().float().cpu()
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _check_writable(path, temporary)
+    path, temporary = Path(path), _temporary(Path(path))
+    check_writable(path)
     try:
         names = ["input"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
         batch = len(inputs[0])
@@ -113,14 +112,26 @@ def _standalone(model: nn.Module, depths: Subnet | Sequence[int] | None, stages:
     return model
 
 
-def _check_writable(path: Path, temporary: Path) -> None:
+def check_writable(path: str | Path) -> None:
+    """Checks that a file can be written in the path's folder, by writing one.
+
+    Raises:
+        OSError: it can't be, or the path is a folder.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         temporary.touch()
+        temporary.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
         raise type(error)(f"path is {str(path)!r}, which can't be written: {reason}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _rows(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:

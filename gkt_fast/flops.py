@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .execution.interception import Site, intercept
 from .plan import Layer
 
-__all__ = ["count_layers", "one_sample", "same_form"]
+__all__ = ["count_flops", "count_layers", "one_sample", "same_form"]
 
 
 def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -31,6 +31,39 @@ def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether the tensors of two samples have the same shapes."""
     return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
+
+
+def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Floating point operations of one forward pass in evaluation mode (a multiply-add is two).
+
+    Args:
+        model: the network; left in the mode it was in, with the random state it had.
+        inputs: as of `count_layers`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
+
+    counter = FlopCounterMode(display=False)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), counter:
+            model(*_zeros(model, inputs))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return counter.get_total_flops()
+
+
+def _zeros(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = parameter.dtype if value.is_floating_point() else value.dtype
+        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
+
+    return tuple(map(zeros, inputs))
 
 
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
@@ -64,14 +97,6 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         layers.append(Layer(site.path, site.is_block, flops, sum(saved.values())))
         return output
 
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def zeros(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        dtype = parameter.dtype if value.is_floating_point() else value.dtype
-        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
-
     model.eval()
     try:
         with (
@@ -81,7 +106,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             intercept(model, sites, call),
             counter,
         ):
-            model(*map(zeros, inputs))
+            model(*_zeros(model, inputs))
     finally:
         for module, mode in training.items():
             module.training = mode

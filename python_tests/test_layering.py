@@ -34,6 +34,14 @@ ALLOWED = {
         "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm",
     ],
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
+    "gkt_fast.extraction": [
+        "gkt_fast.execution*", "gkt_fast.models*", "gkt_fast.subnet", "gkt_fast.fusion",
+    ],
+    "gkt_fast.export": ["gkt_fast.execution*", "gkt_fast.extraction", "gkt_fast.subnet", "gkt_fast.fusion"],
+    "gkt_fast.subnet_table": [
+        "gkt_fast.config", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.flops", "gkt_fast.extraction",
+        "gkt_fast.evaluation",
+    ],
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",

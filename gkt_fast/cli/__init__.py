@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import yaml
 
 from ..checkpoint import CheckpointError
+from ..export import ExportError
 from ..ops import BackendError
 from ..trainer import NonFiniteLossError
-from . import environment, train
+from . import environment, subnets, train
 from .train import with_config_file
 
 __all__ = ["main"]
@@ -19,6 +20,7 @@ __all__ = ["main"]
 COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "train": (train, "train a network"),
+    "subnets": (subnets, "evaluate the subnets of a trained network, and export the best"),
 }
 
 
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BackendError,
         CheckpointError,
+        ExportError,
         ImportError,
         NonFiniteLossError,
         OSError,
