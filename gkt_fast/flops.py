@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from .execution.chain import older_reads
 from .execution.interception import Site, intercept
 from .plan import Layer
 
@@ -43,15 +47,22 @@ def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
     counter = FlopCounterMode(display=False)
+    with _evaluation(model), torch.no_grad(), counter:
+        model(*_zeros(model, inputs))
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards it and the random state are as before."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), counter:
-            model(*_zeros(model, inputs))
+        with torch.random.fork_rng():
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    return counter.get_total_flops()
 
 
 def _zeros(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,7 +78,7 @@ def _zeros(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
-    """Runs the model once in evaluation mode and counts the layers at `sites`, in order of execution.
+    """Runs the model twice in evaluation mode and counts the layers at `sites`, in order of execution.
 
     Args:
         model: the network; left in the mode it was in, with the random state it had.
@@ -86,7 +97,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    training = {module: module.training for module in model.modules()}
+    differentiable = [False]
     counter = FlopCounterMode(display=False)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -95,19 +106,25 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         output = module(*args, **kwargs)
         flops = counter.get_total_flops() - before
         layers.append(Layer(site.path, site.is_block, flops, sum(saved.values())))
+        differentiable.append(any(v.requires_grad for v in tree_leaves(output) if isinstance(v, Tensor)))
         return output
 
-    model.eval()
-    try:
+    with _evaluation(model):
         with (
-            torch.random.fork_rng(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             intercept(model, sites, call),
             counter,
         ):
             model(*_zeros(model, inputs))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+        reads = older_reads(model, sites, _zeros(model, inputs))
+    names = ["the model's input", *(f"the output of {layer.path!r}" for layer in layers)]
+    for i, older in enumerate(reads):
+        over_blocks = [j for j in older if any(layer.is_block for layer in layers[j : i + 1])]
+        if over_blocks:
+            layer = min(i, len(layers) - 1)
+            gradient = any(differentiable[j] for j in over_blocks)
+            layers[layer] = replace(
+                layers[layer], reads_back=names[over_blocks[0]], reads_back_gradient=gradient
+            )
     return layers
