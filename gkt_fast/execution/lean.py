@@ -38,26 +38,25 @@ def run_lean(
 ) -> StepResult:
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
-    layers = network.layers()
-    older = next((layer for layer in layers if layer.reads_back_gradient), None)
+    plan = make_plan(network.layers(), streams.dropped)
+    older = next((layer for layer in plan.layers if layer.reads_back_gradient), None)
     if older is not None:
         raise SharedStateError(
             f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
             "execution='lean' has cut the graph between the two. Use execution='shared'"
         )
-    plan = make_plan(layers, streams.dropped)
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
-    norms = tracking_layers(network.model)
+    layers = tracking_layers(network.model)
     every_stream_counts = config.batch_norm == "sequential"
     order = stream_order(plan, config)
-    with record_statistics(norms) if every_stream_counts else nullcontext([]) as statistics:
+    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
         states = _CutStates(network, statistics, plan)
         try:
             for stream in order:
                 updates = stream == 0 or every_stream_counts
                 with (
-                    nullcontext() if updates else frozen_statistics(norms),
+                    nullcontext() if updates else frozen_statistics(layers),
                     intercept(network.model, network.sites, states.call),
                 ):
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
@@ -65,7 +64,7 @@ def run_lean(
                     states.end_stream()
                 if stream == 0:
                     check_called(network.sites, network.returns)
-                with frozen_statistics(norms):
+                with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))
                     states.finish_stream()
         finally:
