@@ -10,9 +10,10 @@ import yaml
 
 from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
+from ..export import ExportError
 from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from . import environment, plot, train
+from . import environment, plot, subnets, train
 from .config_file import with_config_file
 
 __all__ = ["main"]
@@ -21,6 +22,7 @@ COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "train": (train, "train a network"),
     "plot": (plot, "draw the curves of training runs"),
+    "subnets": (subnets, "evaluate the subnets of a trained network, and export the best"),
 }
 
 
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BackendError,
         CheckpointError,
         DataLoadingError,
+        ExportError,
         ImportError,
         NonFiniteLossError,
         OSError,

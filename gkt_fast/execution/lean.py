@@ -39,6 +39,12 @@ def run_lean(
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
     plan = make_plan(network.layers(), streams.dropped)
+    older = next((layer for layer in plan.layers if layer.reads_back_gradient), None)
+    if older is not None:
+        raise SharedStateError(
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='lean' has cut the graph between the two. Use execution='shared'"
+        )
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)

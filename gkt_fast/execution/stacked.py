@@ -77,6 +77,12 @@ def run_stacked(
     if reason is not None:
         raise StackingError(f"execution='stacked' can't run this model: {reason}")
     plan = make_plan(network.layers(), streams.dropped)
+    older = next((layer for layer in plan.layers if layer.reads_back is not None), None)
+    if older is not None:
+        raise StackingError(
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='stacked' has other states stacked by then"
+        )
     statistics = StreamStatistics(streams.config.batch_norm)
     stack = _Stack(plan, network, statistics)
     _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
