@@ -188,7 +188,8 @@ def test_random_problems(backend, data):
         loops=loops,
         ema=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         temperature=data.draw(st.floats(0.1, 10)),
-        normalize_logits=shape[2] > 1 and data.draw(st.booleans()),
+        # Two normalised logits are -1 and 1 whatever they were: their gradient is rounding and nothing else.
+        normalize_logits=shape[2] > 2 and data.draw(st.booleans()),
         label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
         subnet_ce_weight=data.draw(st.sampled_from([0.0, 0.5])) if assume_counted else 0.0,
         distill_ignored=data.draw(st.booleans()) or not assume_counted,
