@@ -126,7 +126,7 @@ def triton_configurations(ops: Sequence[str] | None = None) -> Iterator[tuple[st
     for info in pkgutil.iter_modules(package.__path__):
         if ops is None or info.name in ops:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
-            for configuration in module.aot_configurations():
+            for configuration in getattr(module, "aot_configurations", tuple)():
                 yield info.name, configuration
 
 

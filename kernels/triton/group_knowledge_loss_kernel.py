@@ -288,10 +288,7 @@ def group_knowledge_loss_kernel(
                     target_total += tl.sum(tl.where(mask, t, 0.0), axis=1)
         if not PROBABILITIES:
             target_total += 1.0
-            if INNERMOST == "classes":
-                label_offsets = labels
-            else:
-                label_offsets = labels.to(tl.int64) * logits_class_stride
+            label_offsets = labels if INNERMOST == "classes" else labels.to(tl.int64) * logits_class_stride
             chosen = tl.load(pointers + label_offsets, mask=row_mask, other=0.0).to(tl.float32)
             cross_entropy = (maximum - chosen) + log_raw_sum
             if label_smoothing != 0:
