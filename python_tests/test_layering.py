@@ -37,6 +37,11 @@ ALLOWED = {
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
     ],
+    "gkt_fast.environment": ["gkt_fast.ops*"],
+    "gkt_fast.selfcheck*": [
+        "gkt_fast.selfcheck*", "gkt_fast.environment", "gkt_fast.gkt", "gkt_fast.execution*", "gkt_fast.config",
+        "gkt_fast.models*", "gkt_fast.ops*",
+    ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],
     "gkt_fast.cli*": ["gkt_fast.*", "gkt_fast"],

@@ -11,19 +11,20 @@ import yaml
 from ..checkpoint import CheckpointError
 from ..ops import BackendError
 from ..trainer import NonFiniteLossError
-from . import environment, train
+from . import environment, selfcheck, train
 from .train import with_config_file
 
 __all__ = ["main"]
 
 COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
+    "selfcheck": (selfcheck, "check every backend and mode against float64"),
     "train": (train, "train a network"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done."""
+    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done; 1 for a failed self-check."""
     parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = parser.parse_args(with_config_file(arguments))
-        args.run(args)
+        code = args.run(args)
     except (
         BackendError,
         CheckpointError,
@@ -47,4 +48,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gkt-fast: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
