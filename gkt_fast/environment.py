@@ -17,8 +17,8 @@ def describe_environment() -> dict[str, Any]:
     """The environment as plain values, ready for JSON.
 
     Returns:
-        `versions` (of gkt_fast, python and packages), `platform`, `devices` (a list of names), `threads`, `native` (how the
-        native module was built, see `build_info`) and `backends` (rows of op, backend, devices and status).
+        `versions` (of gkt_fast, python and packages), `platform`, `devices` (a list of names), `threads`, `native`
+        (how the native module was built, see `build_info`) and `backends` (rows of op, backend, devices and status).
     """
     packages = ("torch", "torchvision", "triton", "numpy")
     versions = {"gkt_fast": _version("gkt_fast"), "python": platform.python_version()}

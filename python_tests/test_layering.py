@@ -55,7 +55,7 @@ TORCH_FREE = ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fa
 ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""
-KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*"]
+KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*", "gkt_fast.environment"]
 
 
 def modules() -> dict[str, Path]:

@@ -189,7 +189,7 @@ def test_a_wrong_mode_is_found(monkeypatch):
 
     right = EXECUTION_MODES["shared"]
     monkeypatch.setitem(EXECUTION_MODES, "shared", wrong)
-    results = {check.subject: check.passed for check in check_step(None, torch.float64, CPU)}
+    results = {check.subject: check.passed for check in check_step(None, EXECUTION_MODES, torch.float64, CPU)}
     assert results == {f"step, {mode}": mode != "shared" for mode in EXECUTION_MODES}
 
 

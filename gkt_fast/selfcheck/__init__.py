@@ -11,6 +11,7 @@ import time
 import torch
 
 from ..environment import describe_environment
+from ..execution import EXECUTION_MODES
 from ..ops import BackendError, registry
 from .op_checks import check_op
 from .report import Check, Report
@@ -18,6 +19,9 @@ from .step_check import check_step
 from .timing import time_ops, time_steps
 
 __all__ = ["Check", "Report", "run_selfcheck"]
+
+MODE_OF_OPS = "stacked"
+"""The mode that runs most in our ops: with it a step goes through every backend, not only the registry's choice."""
 
 
 def run_selfcheck(device: str | torch.device, bench: bool = False) -> Report:
@@ -47,9 +51,9 @@ def run_selfcheck(device: str | torch.device, bench: bool = False) -> Report:
         except BackendError as error:
             unavailable.append((op, backend, str(error)))
     for dtype in (torch.float64, torch.float32):
-        checks += check_step(None, dtype, device)
+        checks += check_step(None, EXECUTION_MODES, dtype, device)
         for backend in _of_all_ops(working, dtype):
-            checks += check_step(backend, dtype, device)
+            checks += check_step(backend, [MODE_OF_OPS], dtype, device)
     timings = [*time_ops(working, device), *time_steps(device)] if bench else []
     seconds = time.monotonic() - start
     return Report(str(device), describe_environment(), checks, unavailable, timings, seconds)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GKTConfig
-from ..execution import EXECUTION_MODES
 from ..gkt import GKT
 from ..models import cifar_resnet
 from ..ops import use_backend
@@ -34,11 +33,14 @@ GRADIENT_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-2}
 """In float32 rounding decides beside the corner of a ReLU, in a few of the network's activations."""
 
 
-def check_step(backend: str | None, dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+def check_step(
+    backend: str | None, modes: Iterable[str], dtype: torch.dtype, device: torch.device
+) -> Iterator[Check]:
     """One check for each mode.
 
     Args:
         backend: what runs the ops; None: the registry's choice.
+        modes: names in `EXECUTION_MODES`.
         dtype: float64 or float32.
         device: where the network is.
     """
@@ -51,7 +53,7 @@ def check_step(backend: str | None, dtype: torch.dtype, device: torch.device) ->
     expected = loop_step(copy.deepcopy(model).to(device).double(), images.double(), targets)
     limits = dict.fromkeys(expected, LIMITS[dtype]) | {"gradients": GRADIENT_LIMITS[dtype]}
     name = str(dtype).removeprefix("torch.")
-    for mode in EXECUTION_MODES:
+    for mode in modes:
         place = (f"step, {mode}", backend or "automatic", name, "two loops of two subnets")
         try:
             # TF32 would round the convolutions' inputs to 10 bits.
