@@ -120,7 +120,9 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 def _size(tensor: Tensor) -> int:
     """Bytes of the elements that are there: those of an expanded dimension once."""
     dims = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size for size, stride in dims if stride != 0) * tensor.element_size() * (tensor.numel() > 0)
+    return (
+        math.prod(size for size, stride in dims if stride != 0) * tensor.element_size() * (tensor.numel() > 0)
+    )
 
 
 def _trains(name: str, args: tuple) -> bool:

@@ -5,12 +5,13 @@
 Forward and backward of a plain step and of GKT steps (groups=3, loops=1) are run on fake tensors, which have shapes but
 no elements, in each mode; a dispatch mode counts the bytes, FLOPs and launches of every op (op_counts.py; our ops are
 one op each). An op then takes at least max(bytes / bandwidth, FLOPs / peak), and each launch a latency. Nothing here is
-measured: the times are PREDICTIONS, and bounds from below, of kernels as good as the hardware. In float32 matrix
-products and convolutions count as TF32; bfloat16 is autocast. Counts are means over steps with new subnets. Soft targets,
-so that no op reads values. The optimizer, the same in every mode, is left out, and so are the few small ops by which
-our launchers on a GPU prepare the loss. "cpu_ms" is what launching alone costs the CPU of an eager step.
+measured: the times are PREDICTIONS, bounds from below for kernels as good as the hardware, without reuse of a cache
+between ops. In float32 matrix products and convolutions count as TF32; bfloat16 is autocast. Counts are means over
+steps with new subnets. Targets are soft, so that no op reads values. Left out are the optimizer, the same in every mode,
+and the few small ops by which the launchers of our loss prepare it on a GPU. "cpu_ms" is what launching alone costs the
+CPU in an eager step.
 
-Writes bench/results/roofline.csv and prints the table of docs/roofline.md.
+Writes bench/results/roofline.csv; what it says is in docs/roofline.md.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ GRAPH_LAUNCH = 1.1e-6
 CPU_LAUNCH = 4e-6
 
 GPUS = {
-    # Data sheets: https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100 SXM: 3.35 TB/s,
-    # 989.4 and 494.7 TFLOPS dense) and https://www.nvidia.com/en-us/data-center/a100/ (80 GB SXM: 2,039 GB/s, 312 and 156).
+    # Data sheets, without sparsity. https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
+    # (H100 SXM: 3.35 TB/s, 989.4 and 494.7 TFLOPS), https://www.nvidia.com/en-us/data-center/a100/ (80 GB SXM: 2,039
+    # GB/s, 312 and 156 TFLOPS); the digits after the point: https://glennklockwood.com/garden/processors/h100
     ("H100 SXM", "data sheet"): Rates(
         3.35e12, {torch.bfloat16: 989.4e12, torch.float32: 494.7e12}, GRAPH_LAUNCH
     ),
@@ -176,7 +178,10 @@ def count_steps(
     fake_in_place(model, fake)
     runs = []
     autocast = torch.autocast("cpu", dtype) if dtype == torch.bfloat16 else nullcontext()
-    with fake, use_backend("cpp"):  # not plain torch, so that our ops are there to be counted; none is executed
+    with (
+        fake,
+        use_backend("cpp"),
+    ):  # not plain torch, so that our ops are there to be counted; none is executed
         images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
         targets = torch.empty(batch_size, network.classes)
         for step in range(steps):
@@ -200,16 +205,12 @@ def op_seconds(op: OpCost, rates: Rates) -> tuple[float, float]:
 
 def bound(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:
     """The least seconds of a step, its mean over the runs."""
-    return mean(
-        sum(max(op_seconds(op, rates)) + op.launches * rates.launch for op in run) for run in runs
-    )
+    return mean(sum(max(op_seconds(op, rates)) + op.launches * rates.launch for op in run) for run in runs)
 
 
 def memory_bound_share(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:
     """The share of the bound that ops take whose bytes need longer than their FLOPs."""
-    memory = mean(
-        sum(m for m, f in (op_seconds(op, rates) for op in run) if m >= f) for run in runs
-    )
+    memory = mean(sum(m for m, f in (op_seconds(op, rates) for op in run) if m >= f) for run in runs)
     return memory / bound(runs, rates)
 
 
