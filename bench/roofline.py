@@ -7,9 +7,9 @@ no elements, in each mode; a dispatch mode counts the bytes, FLOPs and launches 
 one op each). An op then takes at least max(bytes / bandwidth, FLOPs / peak), and each launch a latency. Nothing here is
 measured: the times are PREDICTIONS, bounds from below for kernels as good as the hardware, without reuse of a cache
 between ops. In float32 matrix products and convolutions count as TF32; bfloat16 is autocast. Counts are means over
-steps with new subnets. Targets are soft, so that no op reads values. Left out are the optimizer, the same in every mode,
-and the few small ops by which the launchers of our loss prepare it on a GPU. "cpu_ms" is what launching alone costs the
-CPU in an eager step.
+steps with new subnets. Targets are soft, so that no op reads values. Left out are the optimizer, the same in every
+mode, and the few small ops by which the launchers of our loss prepare it on a GPU. "cpu_ms" is what launching alone
+costs the CPU in an eager step.
 
 Writes bench/results/roofline.csv; what it says is in docs/roofline.md.
 """

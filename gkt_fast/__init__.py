@@ -7,14 +7,17 @@ from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
 from .losses import GroupKnowledgeLoss
+from .methods import METHODS, method_config
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
 from .subnet import Stage, Subnet
+from .survival import survival_scaling
 from .trainer import GKTTrainer, NonFiniteLossError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GKT",
+    "METHODS",
     "CheckpointError",
     "Evaluation",
     "GKTConfig",
@@ -31,7 +34,9 @@ __all__ = [
     "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
+    "method_config",
     "recalibrate_batch_norm",
+    "survival_scaling",
     "unfuse_blocks",
     "use_backend",
 ]

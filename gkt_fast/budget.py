@@ -43,7 +43,7 @@ def expected_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTC
         layers: its layers with their costs (`GKT.layers`).
         config: sampler, groups, loops, decay and min_depth.
     """
-    if config.loops == 1 and config.sampler in ("inherit_decay", "uniform"):
+    if config.train_full and config.loops == 1 and config.sampler in ("inherit_decay", "uniform"):
         gaps = _gaps(stages, layers)
         if gaps is not None:
             table = _stage_costs(stages, layers, config)
@@ -192,7 +192,9 @@ def _estimated(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConf
     while True:
         for step in range(len(ratios), len(ratios) + 500):
             subnets = sample_subnets(stages, config, step)
-            dropped = [frozenset(), *(subnet.dropped(stages) for subnet in subnets)]
+            dropped = [subnet.dropped(stages) for subnet in subnets]
+            if config.train_full:
+                dropped.insert(0, frozenset())
             ratios.append(make_plan(layers, dropped).cost().shared_ratio)
         mean = statistics.fmean(ratios)
         if statistics.stdev(ratios) <= ACCURACY * mean * math.sqrt(len(ratios)):

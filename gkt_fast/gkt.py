@@ -26,7 +26,7 @@ from .flops import count_layers, one_sample, same_form
 from .fusion import fuse_blocks
 from .models.discovery import find_stages, stages_from_paths
 from .plan import Cost, Layer, make_plan
-from .sampling import minimum_depths, sample_subnets
+from .sampling import minimum_depths, sample_resolutions, sample_subnets
 from .subnet import Subnet
 
 __all__ = ["GKT", "GKTOutput"]
@@ -40,9 +40,9 @@ class GKTOutput:
 
     Args:
         loss: scalar; `loss.backward()` delivers the gradients of all streams, in every execution mode.
-        ce: scalar, detached: cross entropy of the full network.
+        ce: scalar, detached: cross entropy of the full network; with `train_full=False` of the subnet.
         kd: (S - 1,), detached: distillation term of each subnet.
-        logits: (B, C, *spatial), detached: logits of the full network.
+        logits: (B, C, *spatial), detached: logits of the network that `ce` is of.
         subnets: the subnets of this step, in the order of `kd`.
     """
 
@@ -147,14 +147,18 @@ class GKT(nn.Module):
             step = self.next_step
         self._remember(inputs)
         subnets = self.sample(step)
-        dropped = (frozenset(), *(subnet.dropped(self.stages) for subnet in subnets))
         network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
-        streams = Streams(dropped, self.config)
-        run = self._run if subnets else run_plain
+        streams = Streams(self._dropped(subnets), self.config, tuple(sample_resolutions(self.config, step)))
+        run = self._run if len(streams.dropped) > 1 else run_plain
         result = run(network, inputs, targets, streams, loss_scale)
         if self.training:
             self.next_step = step + 1
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
+
+    def _dropped(self, subnets: Sequence[Subnet]) -> tuple[frozenset[str], ...]:
+        """The blocks that each stream of a step drops."""
+        dropped = tuple(subnet.dropped(self.stages) for subnet in subnets)
+        return (frozenset(), *dropped) if self.config.train_full else dropped
 
     def _run(
         self,
@@ -175,7 +179,8 @@ class GKT(nn.Module):
         return EXECUTION_MODES[self._choice().mode](network, inputs, targets, streams, loss_scale)
 
     def _choice(self) -> Choice:
-        choice = choose_execution(self.config.execution, self.model, self._refused_stacking)
+        resized = self.config.subnet_resolution is not None
+        choice = choose_execution(self.config.execution, self.model, self._refused_stacking, resized=resized)
         if choice != self._last_choice and self.config.execution == "auto" and choice.mode != "stacked":
             logger.info("execution='auto' runs %r: %s", choice.mode, choice.reason)
         self._last_choice = choice
@@ -188,8 +193,7 @@ class GKT(nn.Module):
             ValueError: the model has not been called yet (see `layers`).
         """
         subnets = self.sample(step)
-        dropped = [frozenset(), *(subnet.dropped(self.stages) for subnet in subnets)]
-        plan = make_plan(self.layers(), dropped)
+        plan = make_plan(self.layers(), self._dropped(subnets))
         cost, memory = plan.cost(), plan.memory()
         lines = [
             f"{type(self.model).__name__}, step {step}: {len(subnets)} subnets {', '.join(map(str, subnets))}"
@@ -202,6 +206,8 @@ class GKT(nn.Module):
             f"forward FLOPs per sample: plain {cost.plain:.4g}, one by one {cost.sequential_ratio:.2f} x, "
             f"shared {cost.shared_ratio:.2f} x (expected {self.expected_cost():.2f} x)"
         )
+        if self.config.subnet_resolution is not None:
+            lines.append("subnets are counted at the full resolution; on their smaller images they cost less")
         lines.append(
             f"predicted activations kept for backward, per sample: plain {memory.plain / 2**20:.2f} MiB, "
             f"shared and stacked {memory.shared / 2**20:.2f} MiB, lean {memory.lean / 2**20:.2f} MiB"
@@ -221,7 +227,8 @@ class GKT(nn.Module):
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.
 
-        Counted by torch's FLOP counter (a multiply-add is two) in one forward pass of the model on one sample.
+        Counted by torch's FLOP counter (a multiply-add is two) in one forward pass of the model on one sample. Subnets
+        whose images are resized (`subnet_resolution`) are counted at the full resolution.
 
         Args:
             subnets: as returned by `sample`.
@@ -230,8 +237,7 @@ class GKT(nn.Module):
         Raises:
             ValueError: inputs is None and the model has not been called yet.
         """
-        dropped = [frozenset(), *(subnet.dropped(self.stages) for subnet in subnets)]
-        return make_plan(self.layers(inputs), dropped).cost()
+        return make_plan(self.layers(inputs), self._dropped(subnets)).cost()
 
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""

@@ -21,16 +21,14 @@ class EpochMetrics:
     """
 
     def __init__(self, config: GKTConfig, device: torch.device) -> None:
-        self.config = config
-        self._sums = torch.zeros(2 + config.groups, dtype=torch.float64, device=device)
+        self._groups = config.groups if config.train_full else 0
+        self._sums = torch.zeros(2 + self._groups, dtype=torch.float64, device=device)
         self._non_finite_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._steps = 0
 
     def update(self, output: GKTOutput, step: int) -> None:
         """Adds a step's numbers, without reading them."""
-        groups = (
-            output.kd.reshape(self.config.loops, self.config.groups).mean(0) if len(output.kd) else output.kd
-        )
+        groups = output.kd.reshape(-1, self._groups).mean(0) if self._groups else output.kd
         self._sums += torch.cat([torch.stack([output.loss, output.ce]), groups])
         first = (self._non_finite_step < 0) & ~torch.isfinite(output.loss)
         self._non_finite_step = torch.where(first, step, self._non_finite_step)
@@ -38,7 +36,7 @@ class EpochMetrics:
 
     def means(self) -> dict[str, float]:
         """Reads the means so far: train_loss, train_ce, and kd_group1, ... per group."""
-        names = ["train_loss", "train_ce", *(f"kd_group{g + 1}" for g in range(self.config.groups))]
+        names = ["train_loss", "train_ce", *(f"kd_group{g + 1}" for g in range(self._groups))]
         return dict(zip(names, (self._sums / max(self._steps, 1)).tolist(), strict=True))
 
     def first_non_finite_step(self) -> int | None:

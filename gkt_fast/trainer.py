@@ -32,6 +32,7 @@ from .gkt import GKT, GKTOutput
 from .loggers import CsvLogger, Logger, Progress
 from .metrics import EpochMetrics
 from .subnet import Subnet
+from .survival import survival_scaling
 
 __all__ = ["GKTTrainer", "NonFiniteLossError"]
 
@@ -141,17 +142,25 @@ class GKTTrainer:
         calibration_loader: Iterable[Any] | None = None,
         calibration_samples: int = 2000,
     ) -> Evaluation:
-        """Accuracy of the full network, or of a subnet (see `gkt_fast.evaluation.evaluate`)."""
-        return evaluate(
-            self.model,
-            self._on_device(loader),
-            depths,
-            stages=self.gkt.stages,
-            calibration_loader=None if calibration_loader is None else self._on_device(calibration_loader),
-            calibration_samples=calibration_samples,
-            ignore_index=self.config.ignore_index,
-            autocast=self._autocast(),
-        )
+        """Accuracy of the full network, or of a subnet (see `gkt_fast.evaluation.evaluate`).
+
+        A full network trained by stochastic depth runs with `survival_scaling`; a subnet is what such training runs.
+        """
+        scaled = depths is None and not self.config.train_full and self.config.sampler == "stochastic_depth"
+        scaling = survival_scaling(self.model, self.config.drop_rate, self.gkt.stages)
+        with scaling if scaled else nullcontext():
+            return evaluate(
+                self.model,
+                self._on_device(loader),
+                depths,
+                stages=self.gkt.stages,
+                calibration_loader=(
+                    None if calibration_loader is None else self._on_device(calibration_loader)
+                ),
+                calibration_samples=calibration_samples,
+                ignore_index=self.config.ignore_index,
+                autocast=self._autocast(),
+            )
 
     def fit(
         self,
@@ -334,10 +343,12 @@ class GKTTrainer:
                 f"{path} was written {'without' if state['scheduler'] is None else 'with'} a scheduler; "
                 f"this trainer has {'none' if self.scheduler is None else 'one'}"
             )
-        if state["config"]["groups"] != self.config.groups:
-            raise CheckpointError(
-                f"{path} was written with groups={state['config']['groups']}, not {self.config.groups}"
-            )
+        for name in ("groups", "train_full"):
+            written = state["config"].get(name, getattr(GKTConfig, name))
+            if written != getattr(self.config, name):
+                raise CheckpointError(
+                    f"{path} was written with {name}={written}, not {getattr(self.config, name)}"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

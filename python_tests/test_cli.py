@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from gkt_fast import GKTConfig, __version__
+from gkt_fast import METHODS, GKTConfig, __version__, method_config
 from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main
 from gkt_fast.ops import BackendError, build_info, explain, registry
@@ -142,6 +142,15 @@ def test_resume_from_a_named_checkpoint_or_not_at_all(run, tmp_path):
     assert [row["epoch"] for row in summary(tmp_path / "b" / "x")] == ["0"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_command_trains_by_any_method(run, tmp_path, method):
+    code, _, err = run(*TINY, "--method", method, "--kd-weight", 0.5, "--output", tmp_path)
+    assert (code, err) == (0, "")
+    folder = tmp_path / f"cifar_resnet8-{method}"
+    assert GKTConfig.from_yaml(folder / "config.yaml") == method_config(method, 8, kd_weight=0.5)
+    assert len(summary(folder)) == 1
+
+
 def test_configuration_file_with_the_names_of_flags(run, tmp_path):
     values = {"model": "cifar_resnet8", "train_images": 40, "batch_size": 20, "epochs": 7, "lr": "1e-2",
               "sched": "none", "channels_last": True, "groups": 2, "min_depth": [0, 1, 1], "experiment": "x",
@@ -183,6 +192,8 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
         ),
         GKTConfig(groups=2, sampler="fixed", subnets=((1, 1, 1), (0, 1, 1)), execution="lean"),
         GKTConfig(budget=1.5, min_depth=0),
+        GKTConfig(groups=1, subnet_resolution=(4, 6)),
+        GKTConfig(groups=1, sampler="stochastic_depth", train_full=False),
     ],
 )
 def test_every_hyper_parameter_has_a_flag(run, tmp_path, config):
@@ -272,6 +283,9 @@ def test_data_that_is_not_what_it_must_be(run, tmp_path):
         (["--min-depth", "1-1"], "min_depth is (1, 1); it must have one entry for each of 3 stages"),
         (["--subnets", "1-1-1"], "the sampler 'fixed' needs subnets, and no other takes them"),
         (["--sampler", "all"], "argument --sampler: invalid choice: 'all'"),
+        (["--method", "sgd"], "argument --method: invalid choice: 'sgd'"),
+        (["--subnet-resolution", "8-"], "argument --subnet-resolution: '8-' must be a number of pixels"),
+        (["--subnet-resolution", "8-6"], "subnet_resolution is (8, 6); its lowest must be at most"),
         (["--budget", "0.5"], "budget is 0.5; it must be"),
         (["--kd-weight", "-1"], "kd_weight is -1.0; it must be in [0, inf)"),
         (["--groups", "x"], "argument --groups: invalid int value: 'x'"),

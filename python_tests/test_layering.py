@@ -20,6 +20,7 @@ ALLOWED = {
     "gkt_fast.config": [],
     "gkt_fast.subnet": [],
     "gkt_fast.sampling": ["gkt_fast.config", "gkt_fast.subnet"],
+    "gkt_fast.methods": ["gkt_fast.config"],
     "gkt_fast.plan": ["gkt_fast.config", "gkt_fast.subnet"],
     "gkt_fast.budget": ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan"],
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
@@ -42,6 +43,9 @@ ALLOWED = {
         "gkt_fast.selfcheck*", "gkt_fast.environment", "gkt_fast.gkt", "gkt_fast.execution*", "gkt_fast.config",
         "gkt_fast.models*", "gkt_fast.ops*",
     ],
+    "gkt_fast.survival": [
+        "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
+    ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],
     "gkt_fast.cli*": ["gkt_fast.*", "gkt_fast"],
@@ -51,7 +55,9 @@ ALLOWED = {
 ABOVE = ["gkt_fast.cli*", "gkt_fast.__main__"]
 """What no other module may import. Modules without a row (trainer, checkpoint, ...) may import the rest."""
 
-TORCH_FREE = ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan", "gkt_fast.budget"]
+TORCH_FREE = [
+    "gkt_fast.config", "gkt_fast.methods", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan", "gkt_fast.budget",
+]  # fmt: skip
 ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""

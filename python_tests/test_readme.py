@@ -336,7 +336,7 @@ def test_commands_are_executed_small_and_on_generated_images(tmp_path):
         "gkt-fast train --data imagefolder:/data/mine --model cifar_resnet14 --epochs 300 --amp"
     )
     assert "(8 images)" in execute_command(command, tmp_path)
-    assert (tmp_path / "runs" / "cifar_resnet14-inherit_decay" / "last.pt").exists()
+    assert (tmp_path / "runs" / "cifar_resnet14-gkt" / "last.pt").exists()
     with pytest.raises(AssertionError, match="unrecognized arguments: --fast"):
         execute_command(sample_command("python -m gkt_fast env --fast"), tmp_path)
     with pytest.raises(AssertionError, match="GKT_BACKEND"):

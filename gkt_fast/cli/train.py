@@ -16,24 +16,35 @@ from torch.utils.data import DataLoader
 from .. import models
 from ..config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig
 from ..data import Data, load_data
+from ..methods import METHODS, method_config
 from ..sampling import SAMPLERS
 from ..subnet import Subnet
 from ..trainer import AMP_DTYPES, GKTTrainer
-from .arguments import parse_depths, parse_device, parse_integer, parse_min_depth, parse_number, parse_subnets
+from .arguments import (
+    parse_depths,
+    parse_device,
+    parse_integer,
+    parse_min_depth,
+    parse_number,
+    parse_resolution,
+    parse_subnets,
+)
 
 __all__ = ["add_arguments", "train", "with_config_file"]
+
+FIELDS = {field.name: field for field in dataclasses.fields(GKTConfig)}
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains and evaluates a network as the flags say."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(getattr(args, "seed", GKTConfig.seed))
     data = load_data(args.data, args.image_size, args.train_images)
     model = build_model(args.model, data)
     optimizer = _optimizer(args, model)
     trainer = GKTTrainer(
         model,
         optimizer,
-        GKTConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GKTConfig)}),
+        _config(args, data),
         scheduler=_scheduler(args, optimizer),
         device=args.device,
         amp=args.amp_dtype if args.amp else None,
@@ -41,9 +52,7 @@ def train(args: argparse.Namespace) -> None:
     )
     subnets = [_evaluated_subnet(depths, trainer) for depths in args.evaluate_depths or ()]
     train_loader, val_loader = _loaders(args, data)
-    output = (
-        None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.sampler}")
-    )
+    output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
     resume: bool | Path = True if args.resume == "auto" else False if args.resume == "" else Path(args.resume)
     trainer.fit(
         train_loader,
@@ -60,6 +69,13 @@ def train(args: argparse.Namespace) -> None:
         print(f"Test of depths {subnet}: accuracy {100 * result.accuracy:.2f} %")
     if output is not None:
         print(f"Written to {output}")
+
+
+def _config(args: argparse.Namespace, data: Data) -> GKTConfig:
+    """The method's configuration, with the flags that were given."""
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    image_size = data.train[0][0].shape[-1] if args.method == "st++" else None
+    return method_config(args.method, image_size, **given)
 
 
 def build_model(name: str, data: Data) -> nn.Module:
@@ -128,21 +144,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D-D-D",
         help="subnets to evaluate at the end",
     )
-    _add_config(parser.add_argument_group("GKT (see gkt_fast.GKTConfig)"))
+    add(
+        "--method",
+        choices=[*METHODS],
+        default="gkt",
+        help="what the flags below start from (gkt_fast.methods)",
+    )
+    _add_config(parser.add_argument_group("GKT (see gkt_fast.GKTConfig); without a flag as in the method"))
 
 
 def _add_config(group: argparse._ArgumentGroup) -> None:
-    """One flag for every field of GKTConfig, of the same name."""
+    """One flag for every field of GKTConfig, of the same name; a flag that is not given leaves no value."""
     choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
     kinds = {"int": int, "float": float, "str": str}
-    special = {"min_depth": parse_min_depth, "subnets": parse_subnets}
-    for field in dataclasses.fields(GKTConfig):
-        flag = "--" + field.name.replace("_", "-")
+    special = {
+        "min_depth": parse_min_depth,
+        "subnets": parse_subnets,
+        "subnet_resolution": parse_resolution,
+    }
+    for name, field in FIELDS.items():
+        flag = "--" + name.replace("_", "-")
         if isinstance(field.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         else:
-            kind = special.get(field.name) or kinds[field.type.partition(" ")[0]]  # "float | None" is float
-            group.add_argument(flag, type=kind, default=field.default, choices=choices.get(field.name))
+            kind = special.get(name) or kinds[field.type.partition(" ")[0]]  # "float | None" is float
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=choices.get(name))
 
 
 def with_config_file(arguments: list[str]) -> list[str]:

@@ -36,10 +36,18 @@ class Network:
 
 @dataclass(frozen=True)
 class Streams:
-    """The streams of a step: for each the paths of the blocks that it drops, the full network (none) first."""
+    """The streams of a step.
+
+    Args:
+        dropped: for each the paths of the blocks that it drops, the full network (none) first. A single stream may be
+            a subnet.
+        config: the hyper-parameters.
+        resolutions: height and width that each subnet's images are resized to; empty: as they are.
+    """
 
     dropped: tuple[frozenset[str], ...]
     config: GKTConfig
+    resolutions: tuple[int, ...] = ()
 
     def group(self, stream: int) -> int:
         """The group of a subnet's stream, 1 to G."""
