@@ -31,7 +31,6 @@ SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid")
 SMALL = {
     "gkt_fast env": "",
     "gkt_fast selfcheck": "--device cpu",
-    "bench/roofline.py": "--models cifar_resnet8 --csv {tmp}/roofline.csv",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",

@@ -254,6 +254,21 @@ def test_bench_adds_ratios(monkeypatch, compiles):
     assert not report.passed  # nothing was checked
 
 
+def test_a_backend_that_fails_while_it_is_measured_has_a_note(monkeypatch):
+    def make(working):
+        def fail(*arguments):
+            raise torch.OutOfMemoryError("planted")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(timing, "MEASURED_SECONDS", 1e-3)
+    monkeypatch.setattr(timing, "LOSS_SHAPES", {"cpu": ((4, 5, 7),)})
+    monkeypatch.setattr(timing, "NORM_SHAPES", {"cpu": ()})
+    (row,) = timing.time_ops([plant("group_knowledge_loss", make, backend="cpp")], CPU)
+    assert row["note"] == "OutOfMemoryError: planted"
+
+
 def test_results_that_are_no_numbers_fail():
     one = torch.ones(3, dtype=torch.float64)
     assert math.isnan(compare({"y": one * math.nan}, {"y": one})[1])

@@ -144,7 +144,7 @@ def run(op: str, device: str, dtype: torch.dtype, call: Callable[[Any], Result])
         return call(_load(op, backend)[0])
     except (BackendError, NotImplementedError) as error:
         _give_up(op, backend, device, dtype, str(error))
-    return run(op, device, dtype, call)  # ends: every turn has one backend less
+        return run(op, device, dtype, call)  # ends: every turn has one backend less
 
 
 def explain() -> list[dict[str, str]]:

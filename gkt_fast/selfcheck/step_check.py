@@ -45,7 +45,7 @@ def check_step(
         device: where the network is.
     """
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = cifar_resnet(14, num_classes=5, width=4)
     images = torch.randn(6, 3, 8, 8, generator=generator).to(device)
