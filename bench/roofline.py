@@ -2,14 +2,14 @@
 
     python bench/roofline.py [--models resnet50 cifar_resnet56 vit_s16] [--steps 8]
 
-Forward and backward of a plain step and of GKT steps (groups=3, loops=1) are run on fake tensors, which have shapes but
-no elements, in each mode; a dispatch mode counts the bytes, FLOPs and launches of every op (op_counts.py; our ops are
-one op each). An op then takes at least max(bytes / bandwidth, FLOPs / peak), and each launch a latency. Nothing here is
-measured: the times are PREDICTIONS, bounds from below for kernels as good as the hardware, without reuse of a cache
-between ops. In float32 matrix products and convolutions count as TF32; bfloat16 is autocast. Counts are means over
-steps with new subnets. Targets are soft, so that no op reads values. Left out are the optimizer, the same in every
-mode, and the few small ops by which the launchers of our loss prepare it on a GPU. "cpu_ms" is what launching alone
-costs the CPU in an eager step.
+Forward and backward of a plain step, as it is and with `fuse_blocks`, and of GKT steps (groups=3, loops=1) in each
+mode are run on fake tensors, which have shapes but no elements; a dispatch mode counts the bytes, FLOPs and
+launches of every op (op_counts.py; our ops are one op each). An op then takes at least max(bytes / bandwidth, FLOPs
+/ peak), and each launch a latency. Nothing here is measured: the times are PREDICTIONS, bounds from below for
+kernels as good as the hardware, without reuse of a cache between ops. In float32 matrix products and convolutions
+count as TF32; bfloat16 is autocast. Counts are means over steps with new subnets. Targets are soft, so that no op
+reads values. Left out are the optimizer, the same in every mode, and the few small ops by which the launchers of
+our loss prepare it on a GPU. "cpu_ms" is what launching alone costs the CPU in an eager step.
 
 Writes bench/results/roofline.csv; what it says is in docs/roofline.md.
 """
@@ -29,10 +29,11 @@ from op_counts import OpCost, OpCounter, fake_in_place
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gkt_fast import GKT, GKTConfig, use_backend
+from gkt_fast import GKT, GKTConfig, fuse_blocks, use_backend
 from gkt_fast.models import cifar_resnet
 
-MODES = ("plain", "sequential", "shared", "stacked", "lean")
+PLAIN = ("plain", "plain+fused")
+MODES = (*PLAIN, "sequential", "shared", "stacked", "lean")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def predict(name: str, dtype: torch.dtype, steps: int, batch_size: int | None = 
     batch_size = batch_size or network.batch_size
     counts = {}
     for mode in MODES:
-        counts[mode] = count_steps(network, mode, dtype, batch_size, 1 if mode == "plain" else steps)
+        counts[mode] = count_steps(network, mode, dtype, batch_size, 1 if mode in PLAIN else steps)
     rows = []
     for (gpu, kind), rates in GPUS.items():
         plain = bound(counts["plain"], rates)
@@ -171,7 +172,9 @@ def count_steps(
     model = network.build().to(memory_format=torch.channels_last)
     shape = (batch_size, 3, network.image_size, network.image_size)
     gkt = None
-    if mode != "plain":
+    if mode == "plain+fused":
+        fuse_blocks(model)
+    elif mode != "plain":
         gkt = GKT(model, GKTConfig(execution=mode, fuse_blocks=mode != "sequential"))
         gkt.layers(torch.empty(1, *shape[1:]))  # costs of the layers come from real tensors
     fake = FakeTensorMode()
