@@ -30,6 +30,7 @@ SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid", "diff")
 
 SMALL = {
     "gkt_fast env": "",
+    "gkt_fast selfcheck": "--device cpu",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "gkt_fast plot": "-o {tmp}/plot.png",
     "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
