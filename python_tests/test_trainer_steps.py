@@ -7,6 +7,8 @@ import inspect
 import itertools
 import logging
 import math
+import os
+import signal
 import traceback
 
 import pytest
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gkt_fast import GKT, Callback, CheckpointError, GKTConfig, GKTTrainer, LinearWarmup, NonFiniteLossError
+from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.execution import choose_execution
 from gkt_fast.ops import GroupKnowledge
 from gkt_fast.weight_average import WeightAverage
@@ -303,6 +306,55 @@ def test_a_step_reads_no_value(execution, tmp_path):
         float(output.loss)
 
 
+class Interrupt(Callback):
+    """Ctrl-C at a batch of the run, counted from 1."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_step_end(self, trainer, output):
+        self.batch -= 1
+        if self.batch == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("batch, done", [(2, 2), (8, 9), (10, 10)])
+def test_everything_at_once_resumes_exactly_at_the_end_of_a_step(tmp_path, batch, done):
+    """Epochs of 5 batches, two of them a step: interrupted within a step, training finishes it first."""
+    parts = batches(4, 4, 4, 4, 3)
+    parts[1] = poisoned(parts[1])
+
+    def run(folder: str, seed: int = 0, **options) -> GKTTrainer:
+        torch.manual_seed(seed)
+        net = Net()
+        net.head = nn.Sequential(nn.Dropout(0.2), net.head)
+        optimizer = torch.optim.AdamW(net.parameters(), 0.01)
+        trainer = GKTTrainer(
+            net,
+            optimizer,
+            CONFIG.replace(execution="shared"),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+            scheduler_interval="step",
+            accumulate=2,
+            clip_grad_norm=0.5,
+            ema_decay=0.8,
+            kd_schedule=LinearWarmup(8),
+            skip_nonfinite=True,
+        )
+        trainer.fit(parts, epochs=3, output_dir=tmp_path / folder, progress=False, **options)
+        return trainer
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", callbacks=[Interrupt(batch)])
+    state = load_checkpoint(tmp_path / "parts" / "last.pt")
+    assert 5 * state["epoch"] + state["batches_done"] == done
+    resumed = run("parts", seed=9)
+    assert int(resumed.optimization.skipped) == int(whole.optimization.skipped) == 3
+    for own, other in ((resumed.model, whole.model), (resumed.ema_model, whole.ema_model)):
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in own.state_dict().items())
+
+
 def poisoned(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     images, targets = part
     images = images.clone()
@@ -332,6 +384,29 @@ def test_skipped_steps_change_nothing(optimizer, bad):
             optimizer.step()
     assert int(trainer.optimization.skipped) == len(bad)
     assert_same_weights(net, expected, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["loss", "overflow"])
+def test_skipped_float16_steps_change_nothing(kind):
+    """A NaN loss is counted; gradients that overflow are the loss scaling's business, which lowers the scale."""
+    net = Net().float()
+    trainer = GKTTrainer(
+        net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), CONFIG, amp="fp16", skip_nonfinite=True
+    )
+    images, targets = batches(5)[0]
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 8.0})
+    trainer.step(images.float(), targets)
+    before = copy.deepcopy(net.state_dict())
+    if kind == "overflow":
+        trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 1e30})
+        trainer.step(images.float(), targets)
+        assert trainer.scaler.get_scale() < 1e30
+    else:
+        trainer.step(poisoned((images.float(), targets))[0], targets)
+    assert int(trainer.optimization.skipped) == (kind == "loss")
+    changed = {key for key, value in net.state_dict().items() if not torch.equal(before[key], value)}
+    assert all("running" in key or "num_batches" in key for key in changed)
+    assert bool(changed) == (kind == "overflow")
 
 
 def test_skipped_steps_are_counted_logged_and_left_out_of_the_means(tmp_path, caplog):
