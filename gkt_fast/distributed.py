@@ -190,7 +190,7 @@ def average_batch_norm(model: nn.Module) -> None:
         layer.num_batches_tracked.copy_(count)
 
 
-class _UnsynchronizedBatchNorm(nn.SyncBatchNorm):
+class _Unsynchronized(nn.SyncBatchNorm):
     """SyncBatchNorm that stays within its process."""
 
     forward = _BatchNorm.forward
@@ -199,11 +199,13 @@ class _UnsynchronizedBatchNorm(nn.SyncBatchNorm):
 @contextmanager
 def unsynchronized_batch_norm(model: nn.Module) -> Iterator[None]:
     """Inside, SyncBatchNorm layers take their statistics from this process's batch alone, without communication."""
-    layers = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
-    for layer in layers:
-        layer.__class__ = _UnsynchronizedBatchNorm
+    kinds = {module: type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
+    for layer, kind in kinds.items():
+        # Behind a subclass, which may add an activation, and before SyncBatchNorm in the order of base classes.
+        bases = (_Unsynchronized,) if kind is nn.SyncBatchNorm else (kind, _Unsynchronized)
+        layer.__class__ = type(kind.__name__, bases, {})
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = nn.SyncBatchNorm
+        for layer, kind in kinds.items():
+            layer.__class__ = kind
