@@ -34,6 +34,10 @@ class GKTConfig:
         kd_weight: weight of the sum of the subnets' distillation terms (reconstructed).
         subnet_ce_weight: weight of the subnets' own cross entropy.
         sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.sampling).
+        train_full: whether a step trains the full network, whose knowledge its subnets learn. False: a step runs its
+            subnet alone, on the targets, as stochastic depth does; needs groups=1 and loops=1.
+        subnet_resolution: height and width that a subnet's images are resized to; (lowest, highest): drawn anew for
+            every subnet. Nothing can be shared then: streams run one by one. None: as the full network's.
         drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
         budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
@@ -42,6 +46,9 @@ class GKTConfig:
         execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
             with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;
             `auto` chooses (gkt_fast.execution.choice).
+        independent_noise: whether every stream draws its own dropout and stochastic depth, as streams run one by one
+            do. States are then shared only up to the first layer that draws random numbers. False: streams that
+            share a state share its noise.
         fuse_blocks: whether the model's residual blocks run as fused kernels where they can
             (`gkt_fast.fuse_blocks`): the same numbers up to rounding. Plain training (groups=0) is never fused.
         label_smoothing: of the cross entropy, in [0, 1].
@@ -65,11 +72,14 @@ class GKTConfig:
     kd_weight: float = 1.0
     subnet_ce_weight: float = 0.0
     sampler: str = "inherit_decay"
+    train_full: bool = True
+    subnet_resolution: int | tuple[int, int] | None = None
     drop_rate: float = 0.5
     subnets: tuple[tuple[int, ...], ...] | None = None
     budget: float | None = None
     batch_norm: str = "full"
     execution: str = "auto"
+    independent_noise: bool = False
     fuse_blocks: bool = True
     label_smoothing: float = 0.0
     ignore_index: int = -100
@@ -88,7 +98,7 @@ class GKTConfig:
             _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
             _check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("normalize_logits", "distill_ignored", "fuse_blocks"):
+        for name in ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.sampler, str):
@@ -97,6 +107,41 @@ class GKTConfig:
         _check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
         self._check_subnets()
+        self._check_subnet_alone()
+        self._check_subnet_resolution()
+
+    def _check_subnet_alone(self) -> None:
+        if self.train_full:
+            return
+        for name in ("groups", "loops"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} is {getattr(self, name)} with train_full=False; it must be 1")
+        if self.budget is not None or self.subnet_resolution is not None:
+            raise ValueError(
+                f"budget is {self.budget} and subnet_resolution is {self.subnet_resolution}; "
+                "with train_full=False they must be None"
+            )
+
+    def _check_subnet_resolution(self) -> None:
+        value = self.subnet_resolution
+        if value is None:
+            return
+        if _is_sequence(value):
+            if len(value) != 2:
+                raise ValueError(f"subnet_resolution is {value!r}; it must be a number or (lowest, highest)")
+            object.__setattr__(self, "subnet_resolution", tuple(value))
+        low, high = value if _is_sequence(value) else (value, value)
+        for number in (low, high):
+            _check_integer("subnet_resolution", number, 1)
+        if low > high:
+            raise ValueError(f"subnet_resolution is {value!r}; its lowest must be at most its highest")
+        if self.execution not in ("auto", "sequential"):
+            raise ValueError(
+                f"execution is {self.execution!r}; with subnet_resolution, where streams share nothing, "
+                "it must be 'auto' or 'sequential'"
+            )
+        if self.budget is not None:
+            raise ValueError(f"budget is {self.budget}; with subnet_resolution it must be None")
 
     def _check_subnets(self) -> None:
         if (self.sampler == "fixed") != (self.subnets is not None):
@@ -120,8 +165,8 @@ class GKTConfig:
 
     @property
     def streams(self) -> int:
-        """S = 1 + loops * groups."""
-        return 1 + self.loops * self.groups
+        """S = 1 + loops * groups; 1 where the full network is not trained."""
+        return 1 + self.loops * self.groups if self.train_full else 1
 
     def replace(self, **changes: Any) -> GKTConfig:
         """A copy with some values changed."""

@@ -9,11 +9,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .ops import ghost_batch_norm
+from .synchronized_norm import group_of, synchronized_batch_norm
 
-__all__ = ["OnStatistics", "ghost_batches", "run_batch_norm"]
+__all__ = [
+    "OnStatistics",
+    "carries_activation",
+    "ghost_batches",
+    "is_batch_norm",
+    "run_batch_norm",
+    "run_batch_norm_layer",
+]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
 """Called with a BatchNorm layer, the mean (m, C) and the unbiased variance (m, C) of its m ghost batches."""
@@ -57,11 +68,11 @@ def run_batch_norm(
     """activation(layer(x) + residual) per ghost batch of the surrounding `ghost_batches`.
 
     Outside such a context the whole batch is one, and running statistics are updated by torch's own rule. A layer
-    in eval mode uses its running statistics.
+    in eval mode uses its running statistics. SyncBatchNorm joins each ghost batch with its parts on the other ranks.
 
     Args:
-        layer: BatchNorm1d, BatchNorm2d or BatchNorm3d, whose parameters, buffers and options are used; its hooks
-            are not called.
+        layer: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, whose parameters, buffers and options are used;
+            its hooks are not called.
         x: (m*B, C, *spatial).
         residual: added before the activation, of x's shape and dtype.
         activation: "relu" or "identity".
@@ -75,16 +86,45 @@ def run_batch_norm(
         running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
         return ghost_batch_norm(x, layer.weight, layer.bias, ghosts=1, **running, **options)[0]
     number = 1 if ghosts is None else ghosts.number
-    y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
-    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
-    if tracks and x.numel() and (ghosts is None or ghosts.on_statistics is not None):
+    group = group_of(layer) if layer.training else None
+    if group is not None:
+        y, mean, unbiased_var = synchronized_batch_norm(x, layer.weight, layer.bias, number, layer.eps, group)
+        y = y if residual is None else y + residual
+        y = relu(y) if activation == "relu" else y
+    else:
+        y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
         values = x.numel() // (number * x.shape[1])
-        unbiased_var = var * (values / (values - 1))
+        unbiased_var = var * (values / max(values - 1, 1))
+    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
+    if tracks and x.numel():
         if ghosts is None:
             _update_running_statistics(layer, mean[0], unbiased_var[0])
-        else:
+        elif ghosts.on_statistics is not None:
             ghosts.on_statistics(layer, mean, unbiased_var)
     return y
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `run_batch_norm_layer` computes what the module's own forward does: torch's own BatchNorm, or timm's.
+
+    `__class__`, since a stand-in for an intercepted layer looks like the layer that it stands for.
+    """
+    return module.__class__ in _BATCH_NORMS or carries_activation(module)
+
+
+def carries_activation(module: nn.Module) -> bool:
+    """Whether the module is timm's BatchNorm2d that is followed by its attributes `drop` and `act`."""
+    kind = module.__class__
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
+
+
+def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """layer(x) per ghost batch of the surrounding `ghost_batches`, for a layer of `is_batch_norm`."""
+    if not carries_activation(layer):
+        return run_batch_norm(layer, x)
+    if type(layer.act) is nn.ReLU and type(layer.drop) is nn.Identity:
+        return run_batch_norm(layer, x, activation="relu")
+    return layer.act(layer.drop(run_batch_norm(layer, x)))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ larger subnets, not its coefficients.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +15,15 @@ from typing import Protocol
 from .config import GKTConfig
 from .subnet import Stage, Subnet
 
-__all__ = ["SAMPLERS", "Sampler", "depth_probabilities", "minimum_depths", "sample_subnets"]
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "depth_probabilities",
+    "minimum_depths",
+    "sample_resolutions",
+    "sample_subnets",
+    "survival_probabilities",
+]
 
 
 class Sampler(Protocol):
@@ -52,6 +61,19 @@ def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> lis
     return subnets
 
 
+def sample_resolutions(config: GKTConfig, step: int) -> list[int]:
+    """The height and width of each subnet's images in a step; empty where they are the full network's.
+
+    ST++ (arXiv 2305.02507, "random smaller inputs") draws them uniformly, anew for every subnet.
+    """
+    if config.subnet_resolution is None:
+        return []
+    if isinstance(config.subnet_resolution, int):
+        return [config.subnet_resolution] * (config.loops * config.groups)
+    draw = random.Random(f"{config.seed}/{step}/resolution")
+    return [draw.randint(*config.subnet_resolution) for _ in range(config.loops * config.groups)]
+
+
 def minimum_depths(stages: Sequence[Stage], config: GKTConfig) -> tuple[int, ...]:
     """The fewest blocks of each stage: `min_depth`, but never fewer than can't be dropped.
 
@@ -68,6 +90,22 @@ def minimum_depths(stages: Sequence[Stage], config: GKTConfig) -> tuple[int, ...
         if least > stage.depth:
             raise ValueError(f"min_depth is {config.min_depth}; a stage has only {stage.depth} blocks")
     return tuple(max(least, stage.least_depth) for least, stage in zip(config.min_depth, stages, strict=True))
+
+
+def survival_probabilities(stages: Sequence[Stage], drop_rate: float) -> list[list[float]]:
+    """For every block of every stage, how likely stochastic depth keeps it: 1 - drop_rate * l / L for block l of L.
+
+    1 for a block that can't be dropped (Huang et al., ECCV 2016, equation 4: linear decay).
+    """
+    total = sum(stage.depth for stage in stages)
+    position = itertools.count(1)
+    return [
+        [
+            1.0 - drop_rate * l / total if droppable else 1.0
+            for droppable, l in zip(stage.droppable, position, strict=False)
+        ]
+        for stage in stages
+    ]
 
 
 def depth_probabilities(parent_depth: int, least: int, decay: float) -> list[float]:
@@ -99,16 +137,14 @@ def _stochastic_depth(
     parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random
 ) -> Subnet:
     """Block i of n is dropped with probability drop_rate * i / n (Huang et al., ECCV 2016: linear decay)."""
-    total = sum(stage.depth for stage in stages)
-    keep, position = [], 0
-    for mask, stage in zip(parent.keep, stages, strict=True):
-        stage_keep = []
-        for kept, droppable in zip(mask, stage.droppable, strict=True):
-            position += 1
-            survives = draw.random() >= config.drop_rate * position / total
-            stage_keep.append(kept and (survives or not droppable))
-        keep.append(tuple(stage_keep))
-    return Subnet(tuple(keep))
+    return Subnet(
+        tuple(
+            tuple(draw.random() < p and kept for kept, p in zip(mask, probabilities, strict=True))
+            for mask, probabilities in zip(
+                parent.keep, survival_probabilities(stages, config.drop_rate), strict=True
+            )
+        )
+    )
 
 
 def _fixed(

@@ -14,7 +14,7 @@ NUMBERS = (
     "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
     "label_smoothing",
 )  # fmt: skip
-BOOLEANS = ("normalize_logits", "distill_ignored", "fuse_blocks")
+BOOLEANS = ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise")
 
 WRONG_VALUES = [
     ("groups", -1, "at least 0"),
@@ -48,6 +48,7 @@ WRONG_TYPES = [
     *((name, value, "a number") for name in NUMBERS for value in ("0.5", None, True)),
     *((name, value, "True or False") for name in BOOLEANS for value in (1, "yes")),
     *(("budget", value, "a number") for value in ("1.5", True)),
+    *(("subnet_resolution", value, "an integer") for value in (8.0, "8", (4, 8.0), True)),
     ("sampler", 3, "a string"),
     ("sampler", ["uniform"], "a string"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ __all__ = [
     "parse_integer",
     "parse_min_depth",
     "parse_number",
+    "parse_resolution",
     "parse_subnets",
 ]
 
@@ -64,6 +65,13 @@ def parse_depths(text: str) -> tuple[int, ...]:
 def parse_min_depth(text: str) -> int | tuple[int, ...]:
     depths = parse_depths(text)
     return depths[0] if len(depths) == 1 else depths
+
+
+def parse_resolution(text: str) -> int | tuple[int, ...]:
+    parts = text.split("-")
+    if not all(part.isdecimal() for part in parts) or len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of pixels, or LOWEST-HIGHEST")
+    return int(text) if len(parts) == 1 else tuple(map(int, parts))
 
 
 def parse_subnets(text: str) -> tuple[tuple[int, ...], ...]:

@@ -7,8 +7,10 @@ during backward (activation checkpointing) never updates them again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,6 +23,7 @@ from ..norm import OnStatistics
 __all__ = [
     "BatchStatistics",
     "StreamStatistics",
+    "compiled_batch_norm",
     "freeze_during_backward",
     "frozen_statistics",
     "record_statistics",
@@ -80,9 +83,28 @@ def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
     loss.register_hook(freeze)
 
 
+def compiled_batch_norm(model: nn.Module) -> str | None:
+    """The path of a compiled module that holds normalisation layers of batches; None: there is none."""
+    for path, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None
+        if compiled and any(isinstance(inner, _NormBase) for inner in module.modules()):
+            return path
+    return None
+
+
 @contextmanager
-def record_statistics(layers: Iterable[_NormBase]) -> Iterator[list[BatchStatistics]]:
-    """Every call of a layer appends its batch's statistics to the list; the running ones stay as they are."""
+def record_statistics(model: nn.Module, layers: Iterable[_NormBase]) -> Iterator[list[BatchStatistics]]:
+    """Every call of a layer appends its batch's statistics to the list; the running ones stay as they are.
+
+    Raises:
+        ValueError: a layer of the model stands in a compiled module, which would be compiled anew in every step.
+    """
+    compiled = compiled_batch_norm(model)
+    if compiled is not None:
+        raise ValueError(
+            f"batch_norm is 'sequential', and {compiled!r} is compiled: BatchNorm inside can't put every stream's "
+            "statistics on record. Use batch_norm='full' or execution='sequential'"
+        )
     recorded: list[BatchStatistics] = []
     layers = list(layers)
     buffers = [dict(layer._buffers) for layer in layers]
@@ -111,14 +133,39 @@ def record_statistics(layers: Iterable[_NormBase]) -> Iterator[list[BatchStatist
 @torch.no_grad()
 def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
     """Applies the updates in order: r <- (1 - momentum) r + momentum * statistic; momentum None averages all."""
-    for layer, mean, variance in updates:
-        if isinstance(layer, _BatchNorm):
-            layer.num_batches_tracked.add_(1)
-        factor = (
-            layer.momentum if layer.momentum is not None else 1.0 / layer.num_batches_tracked.to(mean.dtype)
-        )
-        for running, statistic in ((layer.running_mean, mean), (layer.running_var, variance)):
-            running.mul_(1.0 - factor).add_(statistic * factor)
+    for _, batch in groupby(_rounds(updates), key=lambda item: item[0]):
+        by_momentum: dict[float | None, list[BatchStatistics]] = {}
+        for _, statistics in batch:
+            by_momentum.setdefault(statistics.layer.momentum, []).append(statistics)
+        for momentum, group in by_momentum.items():
+            _update_together(momentum, group)
+
+
+def _rounds(updates: Iterable[BatchStatistics]) -> list[tuple[int, BatchStatistics]]:
+    """The updates with the number of earlier updates of their layer: those of one number can go together."""
+    seen: Counter[_NormBase] = Counter()
+    numbered = []
+    for update in updates:
+        numbered.append((seen[update.layer], update))
+        seen[update.layer] += 1
+    return sorted(numbered, key=lambda item: item[0])
+
+
+def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> None:
+    """Updates distinct layers, in few kernel launches."""
+    counters = [u.layer.num_batches_tracked for u in updates if isinstance(u.layer, _BatchNorm)]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if momentum is not None:
+        running = [r for u in updates for r in (u.layer.running_mean, u.layer.running_var)]
+        statistics = [s for u in updates for s in (u.mean, u.variance)]
+        torch._foreach_mul_(running, 1.0 - momentum)
+        torch._foreach_add_(running, statistics, alpha=momentum)
+        return
+    for u in updates:
+        factor = 1.0 / u.layer.num_batches_tracked.to(u.mean.dtype)
+        for r, s in ((u.layer.running_mean, u.mean), (u.layer.running_var, u.variance)):
+            r.mul_(1.0 - factor).add_(s * factor)
 
 
 class StreamStatistics:

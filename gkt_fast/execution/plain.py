@@ -1,13 +1,16 @@
-"""A step without subnets (`groups=0`): plain training, bit for bit."""
+"""A step of one stream: the full network (`groups=0`: plain training, bit for bit), or a subnet (stochastic depth)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..ops import GroupKnowledge
-from .states import logits_of
+from .block_order import BlockOrder
+from .interception import Site, intercept
+from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams, knowledge_options
 
 __all__ = ["run_plain"]
@@ -20,8 +23,39 @@ def run_plain(
     streams: Streams,
     loss_scale: float | Tensor | None = None,
 ) -> StepResult:
-    """Runs the full network alone. `loss_scale` is not needed: backward comes later."""
-    logits = logits_of(network.model(*inputs))
+    """Runs the stream by the model's own forward. `loss_scale` is not needed: backward comes later."""
+    dropped = [site for site in network.sites if site.path in streams.dropped[0]]
+    if any(site.path not in network.returns for site in dropped):
+        _learn_returns(network, inputs)
+
+    def skip(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return skip_block(site.path, network.returns[site.path], args, kwargs)
+
+    with intercept(network.model, dropped, skip):
+        logits = logits_of(network.model(*inputs))
     ce = GroupKnowledge(**knowledge_options(streams.config)).cross_entropy(logits, targets)
     weight = streams.config.ce_weight
     return StepResult(ce if weight == 1.0 else weight * ce, ce.detach().reshape(1), logits.detach())
+
+
+@torch.no_grad()
+def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
+    """Runs all blocks once, in evaluation mode, to see how many values each returns."""
+    blocks = [site for site in network.sites if site.is_block]
+    order = BlockOrder(blocks)
+
+    def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        order.call(site)
+        output = module(*args, **kwargs)
+        network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+        return output
+
+    training = {module: module.training for module in network.model.modules()}
+    network.model.eval()
+    try:
+        with intercept(network.model, blocks, call):
+            network.model(*inputs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    order.end_stream()

@@ -1,21 +1,23 @@
 """`execution="sequential"`: one stream after another, each with its backward at once.
 
 The status quo (Stimulative Training's loop) and the reference for every other mode: nothing is shared, the memory is
-that of one network. Gradients are computed inside the forward and handed out by `gradients.deliver`, so that
-`loss.backward()` means the same in every mode.
+that of one network, and each stream may see the images at its own resolution. Gradients are computed inside the forward
+and handed out by `gradients.deliver`, so that `loss.backward()` means the same in every mode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .batch_norm import frozen_statistics, tracking_layers
+from .block_order import BlockOrder
 from .gradients import GradientSum, deliver
-from .interception import Site, check_called, intercept
+from .interception import Site, intercept
 from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams
 from .stream_loss import StreamLoss
@@ -36,25 +38,48 @@ def run_sequential(
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
     blocks = [site for site in network.sites if site.is_block]
+    order = BlockOrder(blocks)
     for stream, dropped in enumerate(streams.dropped):
 
         def call(
-            site: Site, module: torch.nn.Module, args: tuple, kwargs: dict, dropped: frozenset = dropped
+            site: Site, module: nn.Module, args: tuple, kwargs: dict, dropped: frozenset = dropped
         ) -> Any:
+            order.call(site)
             if site.path in dropped:
                 return skip_block(site.path, network.returns.get(site.path, 0), args, kwargs)
             output = module(*args, **kwargs)
             network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
             return output
 
+        order.begin_stream()
         updates_statistics = stream == 0 or config.batch_norm == "sequential"
         with (
             nullcontext() if updates_statistics else frozen_statistics(layers),
             intercept(network.model, blocks, call),
         ):
-            logits = logits_of(gradients.run(network.model, inputs))
-        if stream == 0:
-            check_called(blocks, network.returns)
+            logits = logits_of(gradients.run(_at_resolution(network.model, streams, stream), inputs))
+        order.end_stream()
         with frozen_statistics(layers):
             gradients.add(stream_loss(stream, logits))
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
+
+
+def _at_resolution(model: nn.Module, streams: Streams, stream: int) -> Callable[..., Any]:
+    """The model, on images resized as the stream's are. Every 4-dimensional input is a batch of images."""
+    if stream == 0 or not streams.resolutions:
+        return model
+    size = streams.resolutions[stream - 1]
+
+    def run(*inputs: Any) -> Any:
+        return model(*(resize_images(x, size) for x in inputs))
+
+    return run
+
+
+def resize_images(images: Any, size: int) -> Any:
+    """Bilinear with antialiasing, to (B, C, size, size); anything but floating point (B, C, H, W) is left as it is."""
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        return images
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

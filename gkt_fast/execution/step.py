@@ -25,6 +25,8 @@ class Network:
         writes_input: what is known of layers that write into their input (`states.States`).
         returns: what is known of the number of values that blocks return (`states.States`).
         layers: gives the layers at the sites in order of execution, for modes that plan a step before they run it.
+        noisy: paths of the layers that draw random numbers, which every stream runs by itself; None: noise may be
+            shared as the states are.
     """
 
     model: nn.Module
@@ -32,14 +34,23 @@ class Network:
     writes_input: dict[str, bool] = field(default_factory=dict)
     returns: dict[str, int] = field(default_factory=dict)
     layers: Callable[[], Sequence[Layer]] = list
+    noisy: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The streams of a step: for each the paths of the blocks that it drops, the full network (none) first."""
+    """The streams of a step.
+
+    Args:
+        dropped: for each the paths of the blocks that it drops, the full network (none) first. A single stream may be
+            a subnet.
+        config: the hyper-parameters.
+        resolutions: height and width that each subnet's images are resized to; empty: as they are.
+    """
 
     dropped: tuple[frozenset[str], ...]
     config: GKTConfig
+    resolutions: tuple[int, ...] = ()
 
     def group(self, stream: int) -> int:
         """The group of a subnet's stream, 1 to G."""

@@ -1,0 +1,107 @@
+"""bench/accuracy.py runs in pieces, and its report computes what it says."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import accuracy
+import accuracy_report
+import pytest
+import torch
+from torchvision.io import write_png
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of noise around a colour of their own."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, number in (("train", 4), ("test", 3)):
+        for c in range(10):
+            place = folder / split / f"class{c}"
+            place.mkdir(parents=True)
+            for i in range(number):
+                image = 20 * c + torch.randint(0, 40, (3, 12, 10), generator=generator)
+                write_png(image.to(torch.uint8), str(place / f"{i}.png"))
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, images: Path, results: Path, *more: str) -> list[dict[str, str]]:
+    arguments = (
+        f"accuracy.py imagefolder:{images} --train-images 40 --test-images 20 --image-size 8 --depth 14 --width 4 "
+        f"--epochs 2 --batch-size 10 --csv {results / 'a.csv'} --work {results / 'work'}"
+    )
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), *more])
+    threads = torch.get_num_threads()
+    accuracy.main()
+    torch.set_num_threads(threads)
+    return accuracy.read(results / "a.csv")
+
+
+def test_runs_are_kept_skipped_and_reported(
+    monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        accuracy, "measure_costs", lambda names, data, args: {n: 2.0 if n != "plain" else 1.0 for n in names}
+    )
+    recipes = ["--recipes", "plain", "plain, cost of gkt", "stochastic depth", "st++", "plain 1-1-1"]
+    rows = run(monkeypatch, images, tmp_path, "--seeds", "0", *recipes)
+    assert [row["recipe"] for row in rows] == recipes[1:]
+    assert [int(row["epochs_run"]) for row in rows] == [2, 4, 2, 2, 2]
+    assert [float(row["step_cost"]) for row in rows] == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert all(0 <= float(row["full"]) <= 100 for row in rows)
+    assert [row["1-1-1"] != "" for row in rows] == [True, True, True, True, False]
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+
+    again = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain")
+    assert again[:5] == rows
+    assert [(row["recipe"], row["seed"]) for row in again[5:]] == [("plain", "1")]
+    assert (
+        len(run(monkeypatch, images, tmp_path, "--seeds", "2", "--recipes", "plain", "--minutes", "0")) == 6
+    )
+
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["accuracy_report.py", str(tmp_path / "a.csv")])
+    accuracy_report.main()
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in recipes[1:])
+    assert (tmp_path / "accuracy_40x8px_2epochs.png").stat().st_size > 1000
+
+
+def test_runs_of_a_seed_start_alike(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
+    """The paired difference rests on it: equal recipes give equal rows, another seed gives another."""
+    monkeypatch.setattr(accuracy, "measure_costs", lambda names, data, args: dict.fromkeys(names, 1.0))
+    rows = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain", "plain, cost of gkt")
+    losses = [row["full_loss"] for row in rows]
+    assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
+
+
+def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
+    run(monkeypatch, images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
+    with open(tmp_path / "a_cost.csv", newline="") as file:
+        costs = {row["recipe"]: float(row["step_cost"]) for row in csv.DictReader(file)}
+    assert set(costs) == {"plain", "gkt"}
+    assert costs["plain"] == 1.0 and costs["gkt"] > 0
+    monkeypatch.setattr(
+        accuracy, "measure_costs", lambda names, data, args: pytest.fail(f"{names} measured again")
+    )
+    run(monkeypatch, images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
+
+
+def test_the_interval_is_student_s() -> None:
+    """Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027."""
+    values, baseline = {"0": 11.0, "1": 22.0, "2": 33.0, "9": 0.0}, {"0": 10.0, "1": 20.0, "2": 30.0}
+    mean, half = accuracy_report.difference(values, baseline)
+    assert mean == pytest.approx(2.0)
+    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert accuracy_report.difference({"0": 1.0}, baseline) is None
+
+
+def test_bad_data(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="45 images can't be the same number"):
+        run(monkeypatch, images, tmp_path, "--train-images", "45")
+    with pytest.raises(SystemExit, match="fewer than 5 images"):
+        run(monkeypatch, images, tmp_path, "--train-images", "50")
