@@ -105,10 +105,11 @@ def readable_names(mangled: Sequence[str]) -> list[str]:
     if program is None or not mangled:
         return list(mangled)
     result = subprocess.run([program], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    return [_shorten(name) for name in result.stdout.splitlines()]
+    return [shorten(name) for name in result.stdout.splitlines()]
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """A demangled kernel name without its return type, namespaces and parameters."""
     name = re.sub(r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|\bgkt::|^void ", "", name)
     name = re.sub(r"\((?:int|unsigned int|long)\)(\d+)", r"\1", name)
     name = name.replace("(bool)1", "true").replace("(bool)0", "false")

@@ -304,4 +304,5 @@ class _Stack:
         index = [ghost_of[stream] for stream in range(len(ghost_of))]
         if index == list(range(len(self.stacked))):
             return ghosts
-        return ghosts[torch.tensor(index, device=logits.device)]
+        parts = ghosts.unbind()
+        return torch.stack([parts[i] for i in index])  # an index tensor would be copied from the host
