@@ -143,6 +143,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_error_and_leaves_the_last_checkp
 def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(tmp_path, capsys):
     flags = ["train", "--model", "cifar_resnet8", "--train-images", "40", "-b", "5", "--sched", "none"]
     flags += ["--log-interval", "1", "--device", "cpu", "--output", str(tmp_path), "--experiment", "x"]
+    flags += ["--log", "tensorboard"]
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "gkt_fast", *flags, "--epochs", "100000"],
         env=ENVIRONMENT,
@@ -161,6 +162,7 @@ def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(
     assert process.returncode != 0
     stopped = load_checkpoint(tmp_path / "x" / "last.pt")
     assert len(stopped["random_states"]) == 2
+    assert len([*(tmp_path / "x" / "tensorboard").iterdir()]) == 1, "rank 0 alone logs"
     steps, epoch = int(stopped["gkt"][0]), stopped["epoch"]
     assert steps == 4 * epoch + stopped["batches_done"]
     assert main([*flags, "-b", "10", "--epochs", str(epoch + 1)]) == 0
