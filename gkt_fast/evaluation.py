@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
 from .execution.states import logits_of
 from .extraction import Stages, active_subnet, batch_norm_state, recalibrate_batch_norm
 from .subnet import Subnet
@@ -25,7 +26,7 @@ class Evaluation:
     Args:
         accuracy: share of rows whose largest logit is the target's, 0 to 1.
         loss: mean cross entropy.
-        samples: number of rows: images, or positions of a dense prediction.
+        samples: number of rows: images, or positions of a dense prediction; of all ranks.
         mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
             None where targets are one per image.
     """
@@ -50,6 +51,9 @@ def evaluate(
 ) -> Evaluation:
     """Top-1 accuracy and cross entropy in evaluation mode. The model is left as it was.
 
+    In a distributed run every rank calls this with its own share of the samples (`gkt_fast.distributed.share`), and
+    every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
+
     Args:
         model: the network.
         loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
@@ -57,7 +61,7 @@ def evaluate(
         stages: the model's stages; None: found by themselves.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
             (`recalibrate_batch_norm`); None: the model's own statistics.
-        calibration_samples: how many of its samples to use.
+        calibration_samples: how many of its samples to use, over all ranks.
         ignore_index: rows with this target don't count.
         autocast: context to run the model in.
 
@@ -67,13 +71,14 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
     training = model.training
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    samples = torch.zeros((), dtype=torch.int64, device=device)
+    correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
     overlap: Tensor | None = None
     try:
         if calibration_loader is not None:
-            recalibrate_batch_norm(model, calibration_loader, calibration_samples, depths, stages)
+            samples_here = -(-calibration_samples // world_size())
+            with unsynchronized_batch_norm(model):
+                recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
+            average_batch_norm(model)
         model.eval()
         with nullcontext() if depths is None else active_subnet(model, depths, stages):
             for images, targets in loader:
@@ -91,11 +96,17 @@ def evaluate(
         model.train(training)
         if statistics:
             model.load_state_dict(statistics, strict=False)
-    count = int(samples)
+    sums = torch.stack([correct, loss, samples])
+    # A rank without a batch doesn't know how many classes there are, but takes part in every reduction.
+    here = torch.tensor([0, 0] if overlap is None else [overlap.shape[1], 1], dtype=sums.dtype, device=device)
+    hits, total, count, classes, dense_ranks = reduce_sum(torch.cat([sums, here])).tolist()
     if count == 0:
         raise ValueError("loader gave no row to evaluate")
-    mean_iou = None if overlap is None else _mean_iou(overlap)
-    return Evaluation(int(correct) / count, float(loss) / count, count, mean_iou)
+    mean_iou = None
+    if dense_ranks:
+        nothing = torch.zeros(3, round(classes / dense_ranks), dtype=torch.int64, device=device)
+        mean_iou = _mean_iou(reduce_sum(nothing if overlap is None else overlap))
+    return Evaluation(hits / count, total / count, int(count), mean_iou)
 
 
 def _count_overlap(predicted: Tensor, targets: Tensor, rows: Tensor, classes: int) -> Tensor:

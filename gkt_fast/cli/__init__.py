@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import yaml
 
+from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
 from ..export import ExportError
+from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from ..trainer import NonFiniteLossError
-from . import environment, subnets, train
-from .train import with_config_file
+from . import environment, plot, subnets, train
+from .config_file import with_config_file
 
 __all__ = ["main"]
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "train": (train, "train a network"),
     "subnets": (subnets, "evaluate the subnets of a trained network, and export the best"),
+    "plot": (plot, "draw the curves of training runs"),
 }
 
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BackendError,
         CheckpointError,
+        DataLoadingError,
         ExportError,
         ImportError,
         NonFiniteLossError,
