@@ -1,32 +1,42 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
+from .batches import DataLoadingError
+from .callbacks import Callback
 from .checkpoint import CheckpointError
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
+from .loggers import TensorBoardLogger, WandbLogger
 from .losses import GroupKnowledgeLoss
 from .methods import METHODS, method_config
+from .nonfinite import NonFiniteLossError
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
+from .schedules import LinearWarmup
 from .subnet import Stage, Subnet
 from .survival import survival_scaling
-from .trainer import GKTTrainer, NonFiniteLossError
+from .trainer import GKTTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GKT",
     "METHODS",
+    "Callback",
     "CheckpointError",
+    "DataLoadingError",
     "Evaluation",
     "GKTConfig",
     "GKTOutput",
     "GKTTrainer",
     "GroupKnowledgeLoss",
+    "LinearWarmup",
     "NonFiniteLossError",
     "Stage",
     "Subnet",
+    "TensorBoardLogger",
+    "WandbLogger",
     "__version__",
     "active_subnet",
     "evaluate",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
 from .execution.states import logits_of
 from .extraction import active_subnet, batch_norm_state, recalibrate_batch_norm
 from .subnet import Stage, Subnet
@@ -25,7 +26,7 @@ class Evaluation:
     Args:
         accuracy: share of rows whose largest logit is the target's, 0 to 1.
         loss: mean cross entropy.
-        samples: number of rows.
+        samples: number of rows, of all ranks.
     """
 
     accuracy: float
@@ -47,6 +48,9 @@ def evaluate(
 ) -> Evaluation:
     """Top-1 accuracy and cross entropy in evaluation mode. The model is left as it was.
 
+    In a distributed run every rank calls this with its own share of the samples (`gkt_fast.distributed.share`), and
+    every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
+
     Args:
         model: the network.
         loader: (images, class indices) batches.
@@ -54,7 +58,7 @@ def evaluate(
         stages: the model's stages; None: found by themselves.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
             (`recalibrate_batch_norm`); None: the model's own statistics.
-        calibration_samples: how many of its samples to use.
+        calibration_samples: how many of its samples to use, over all ranks.
         ignore_index: rows with this target don't count.
         autocast: context to run the model in.
 
@@ -64,12 +68,13 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
     training = model.training
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    samples = torch.zeros((), dtype=torch.int64, device=device)
+    correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
     try:
         if calibration_loader is not None:
-            recalibrate_batch_norm(model, calibration_loader, calibration_samples, depths, stages)
+            samples_here = -(-calibration_samples // world_size())
+            with unsynchronized_batch_norm(model):
+                recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
+            average_batch_norm(model)
         model.eval()
         with nullcontext() if depths is None else active_subnet(model, depths, stages):
             for images, targets in loader:
@@ -84,7 +89,7 @@ def evaluate(
         model.train(training)
         if statistics:
             model.load_state_dict(statistics, strict=False)
-    count = int(samples)
+    hits, total, count = reduce_sum(torch.stack([correct, loss, samples])).tolist()
     if count == 0:
         raise ValueError("loader gave no row to evaluate")
-    return Evaluation(int(correct) / count, float(loss) / count, count)
+    return Evaluation(hits / count, total / count, int(count))

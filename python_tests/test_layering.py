@@ -27,11 +27,13 @@ ALLOWED = {
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
-    "gkt_fast.norm": ["gkt_fast.ops*"],
+    "gkt_fast.synchronized_norm": [],
+    "gkt_fast.distributed": [],
+    "gkt_fast.norm": ["gkt_fast.ops*", "gkt_fast.synchronized_norm"],
     "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
     "gkt_fast.execution*": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm",
+        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm", "gkt_fast.distributed",
     ],
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
     "gkt_fast.gkt": [
@@ -45,6 +47,18 @@ ALLOWED = {
     ],
     "gkt_fast.survival": [
         "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
+    ],
+    "gkt_fast.checkpoint": ["gkt_fast.config"],
+    "gkt_fast.schedules": [],
+    "gkt_fast.nonfinite": [],
+    "gkt_fast.weight_average": [],
+    "gkt_fast.callbacks": [],
+    "gkt_fast.interruption": ["gkt_fast.distributed"],
+    "gkt_fast.batches": ["gkt_fast.checkpoint", "gkt_fast.distributed"],
+    "gkt_fast.optimization": ["gkt_fast.nonfinite", "gkt_fast.distributed"],
+    "gkt_fast.fitting": [
+        "gkt_fast.batches", "gkt_fast.callbacks", "gkt_fast.checkpoint", "gkt_fast.distributed", "gkt_fast.subnet",
+        "gkt_fast.interruption", "gkt_fast.loggers", "gkt_fast.metrics", "gkt_fast.nonfinite",
     ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],
@@ -81,10 +95,19 @@ def fits(name: str, patterns: list[str]) -> bool:
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """All modules that a file imports, wherever the statement stands; relative names made absolute."""
+    """All modules that a file imports, wherever the statement stands but for type checkers; names made absolute."""
     found = set()
     package = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -47,7 +47,7 @@ void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
 // With few classes a vector of them is mostly unused lanes and reductions.
 template <class T>
 bool rows_in_lanes(const Params& p) {
-  constexpr int64_t kFewClasses = 8 * kLanes<typename Compute<T>::Type>;
+  constexpr int64_t kFewClasses = 8 * kLanes<typename ArithmeticOf<T>::type>;
   const int inner = p.row_dims - 1;
   return p.classes < kFewClasses ||
          (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);
@@ -67,9 +67,9 @@ void dispatch(const Params& p, const Body& body) {
     case GKT_FLOAT64:
       return arrange(static_cast<double*>(nullptr));
     case GKT_BFLOAT16:
-      return arrange(static_cast<BFloat16*>(nullptr));
+      return arrange(static_cast<bfloat16*>(nullptr));
     case GKT_FLOAT16:
-      return arrange(static_cast<Float16*>(nullptr));
+      return arrange(static_cast<float16*>(nullptr));
     default:
       return arrange(static_cast<float*>(nullptr));
   }

@@ -52,7 +52,7 @@ struct Last {
 template <class T, bool kRowsInLanes>
 class Tile {
  public:
-  using Real = typename Compute<T>::Type;
+  using Real = typename ArithmeticOf<T>::type;
   using V = Vec<Real>;
   using I = IntVec<Real>;
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
@@ -201,13 +201,13 @@ class Tile {
       }
       for (int j = 0; j < W; ++j)
         for (int64_t i = begin; i < n_; ++i)
-          to[i * W + j] = j < count_ ? to_compute(from[j * row_step + i * class_step]) : Real{0};
+          to[i * W + j] = j < count_ ? to_arithmetic(from[j * row_step + i * class_step]) : Real{0};
     } else if (class_step == 1) {
       for_vectors([&](int64_t i, auto last) {
         x[i] = last.value ? load_partial(from + i * W, tail_, padding) : load(from + i * W);
       });
     } else {
-      for (int64_t c = 0; c < p_.classes; ++c) to[c] = to_compute(from[c * class_step]);
+      for (int64_t c = 0; c < p_.classes; ++c) to[c] = to_arithmetic(from[c * class_step]);
       for (int64_t c = p_.classes; c < n_ * W; ++c) to[c] = padding;
     }
   }
@@ -249,9 +249,9 @@ class Tile {
       }
       for (int j = 0; j < count_; ++j)
         for (int64_t i = begin; i < n_; ++i)
-          from_compute(from[i * W + j], to + j * gradient_step_ + i * class_step);
+          from_arithmetic(from[i * W + j], to + j * gradient_step_ + i * class_step);
     } else if (!kRowsInLanes && class_step != 1) {
-      for (int64_t c = 0; c < p_.classes; ++c) from_compute(from[c], to + c * class_step);
+      for (int64_t c = 0; c < p_.classes; ++c) from_arithmetic(from[c], to + c * class_step);
     }
   }
 

@@ -6,36 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-// GCC 12 warns of its own intrinsics, and of an ABI that nothing here uses across files.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define GKT_INLINE inline __attribute__((always_inline))
+#include "cpu/half.h"
 
 namespace gkt {
 namespace GKT_ISA {
 namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-// The dtype that a stored dtype is computed in.
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
 
 // A register of `width` lanes. Bits hold one bit per lane, lane 0 lowest.
 template <class T>
@@ -137,72 +112,6 @@ GKT_VEC_OPERATOR(-)
 GKT_VEC_OPERATOR(*)
 #undef GKT_VEC_OPERATOR
 
-typedef uint16_t half_lanes __attribute__((vector_size(2 * Vec<float>::width)));
-typedef uint32_t word_lanes __attribute__((vector_size(4 * Vec<float>::width)));
-
-template <class To, class From>
-GKT_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-GKT_INLINE Vec<float> widen(half_lanes bits, bfloat16) {
-  return {bit_cast<Vec<float>::raw>(__builtin_convertvector(bits, word_lanes) << 16)};
-}
-
-// Round to nearest even; NaN stays NaN.
-GKT_INLINE half_lanes narrow(Vec<float> v, bfloat16) {
-  const word_lanes bits = bit_cast<word_lanes>(v.value);
-  const word_lanes rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const word_lanes nan = bits >> 16 | 0x40u;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return __builtin_convertvector(is_nan ? nan : rounded, half_lanes);
-}
-
-#if defined(__AVX512F__)
-GKT_INLINE Vec<float> widen(half_lanes bits, float16) {
-  return {_mm512_cvtph_ps(bit_cast<__m256i>(bits))};
-}
-GKT_INLINE half_lanes narrow(Vec<float> v, float16) {
-  return bit_cast<half_lanes>(_mm512_cvtps_ph(v.value, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__AVX2__)
-GKT_INLINE Vec<float> widen(half_lanes bits, float16) {
-  return {_mm256_cvtph_ps(bit_cast<__m128i>(bits))};
-}
-GKT_INLINE half_lanes narrow(Vec<float> v, float16) {
-  return bit_cast<half_lanes>(_mm256_cvtps_ph(v.value, _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-// Exponent and mantissa move up by 13 bits; a multiply rebiases them, subnormals included.
-GKT_INLINE Vec<float> widen(half_lanes bits, float16) {
-  const word_lanes word = __builtin_convertvector(bits, word_lanes);
-  const word_lanes magnitude = (word & 0x7fffu) << 13;
-  const Vec<float> scaled =
-      Vec<float>{bit_cast<Vec<float>::raw>(magnitude)} * Vec<float>::all(0x1p112f);
-  const word_lanes finite = bit_cast<word_lanes>(scaled.value);
-  const auto special = magnitude >= 0x0f800000u;
-  return {bit_cast<Vec<float>::raw>((special ? magnitude | 0x7f800000u : finite) | (word & 0x8000u)
-                                                                                       << 16)};
-}
-// The addition of 0.5 aligns a subnormal's bits; the rest is rounding to nearest even as for
-// bfloat16.
-GKT_INLINE half_lanes narrow(Vec<float> v, float16) {
-  const word_lanes bits = bit_cast<word_lanes>(v.value);
-  const word_lanes magnitude = bits & 0x7fffffffu;
-  const Vec<float> aligned =
-      Vec<float>{bit_cast<Vec<float>::raw>(magnitude)} + Vec<float>::all(0.5f);
-  const word_lanes subnormal = bit_cast<word_lanes>(aligned.value) - 0x3f000000u;
-  const word_lanes normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  word_lanes result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x477ff000u ? word_lanes{} + 0x7c00u : result;
-  result = magnitude > 0x7f800000u ? word_lanes{} + 0x7e00u : result;
-  return __builtin_convertvector(result | (bits >> 16 & 0x8000u), half_lanes);
-}
-#endif
-
 // Elements at `from`; lanes beyond `count` are 0 and not read. A constant count folds the branch
 // away.
 template <class T>
@@ -229,19 +138,21 @@ GKT_INLINE void store(T* to, Vec<T> v, int count) {
   for (int lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
 }
 
+typedef float float_lanes __attribute__((vector_size(4 * Vec<float>::width)));
+
 template <class Half>
 GKT_INLINE Vec<float> load_half(const Half* from, int count) {
-  half_lanes bits = {};
+  Halves<float_lanes> bits = {};
   if (count >= Vec<float>::width)
     std::memcpy(&bits, from, sizeof(bits));
   else
     for (int lane = 0; lane < count; ++lane) bits[lane] = from[lane].bits;
-  return widen(bits, Half{});
+  return {bit_cast<Vec<float>::raw>(widen<float_lanes>(bits, Half{}))};
 }
 
 template <class Half>
 GKT_INLINE void store_half(Half* to, Vec<float> v, int count) {
-  const half_lanes bits = narrow(v, Half{});
+  const Halves<float_lanes> bits = narrow(bit_cast<float_lanes>(v.value), Half{});
   if (count >= Vec<float>::width)
     std::memcpy(to, &bits, sizeof(bits));
   else
@@ -262,12 +173,14 @@ GKT_INLINE void stream(T* to, Vec<A> v) {
   else if constexpr (sizeof(T) == 4)
     _mm512_stream_ps(to, v.value);
   else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(narrow(v, T{})));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                        bit_cast<__m256i>(narrow(bit_cast<float_lanes>(v.value), T{})));
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4)
     _mm256_stream_ps(to, v.value);
   else if constexpr (sizeof(T) == 2)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(narrow(v, T{})));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                     bit_cast<__m128i>(narrow(bit_cast<float_lanes>(v.value), T{})));
   else
     store(to, v, Vec<A>::width);
 #else

@@ -5,9 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/half.h"
 
 namespace gkt {
 namespace GKT_ISA {
@@ -20,23 +18,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-// Storage only: arithmetic is done in the compute type.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-template <class T>
-struct Compute {
-  using Type = float;
-};
-template <>
-struct Compute<double> {
-  using Type = double;
-};
 
 template <class Real>
 struct VectorOf;
@@ -104,62 +85,6 @@ inline Vec<Real> maximum_lanes(Vec<Real> v) {
   return v;
 }
 
-// --- one value -------------------------------------------------------------------------------
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float to_compute(float value) { return value; }
-inline double to_compute(double value) { return value; }
-inline float to_compute(BFloat16 value) {
-  return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
-}
-inline float to_compute(Float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  // 2^112 moves the exponent's bias from 15 to 127, and makes subnormal numbers normal.
-  if (magnitude < 0x7c00u)
-    return bits_to_float(float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f) | sign);
-  return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-}
-
-inline void from_compute(float value, float* to) { *to = value; }
-inline void from_compute(double value, double* to) { *to = value; }
-inline void from_compute(float value, BFloat16* to) {
-  const uint32_t bits = float_to_bits(value);
-  const bool nan = value != value;
-  to->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-inline void from_compute(float value, Float16* to) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  const float magnitude = bits_to_float(bits & 0x7fffffffu);
-  uint32_t half;
-  if (value != value) {
-    half = 0x7e00u;
-  } else if (magnitude >= 65520.0f) {
-    half = 0x7c00u;
-  } else if (magnitude < 0x1p-14f) {
-    // Adding 0.5 leaves the rounded multiple of 2^-24, the subnormal step, in the low bits.
-    half = float_to_bits(magnitude + 0.5f) - float_to_bits(0.5f);
-  } else {
-    const uint32_t m = float_to_bits(magnitude);
-    half = (m - (112u << 23) + 0xfffu + (m >> 13 & 1u)) >> 13;
-  }
-  to->bits = static_cast<uint16_t>(half | sign);
-}
-
-// --- vectors ---------------------------------------------------------------------------------
-
 inline Vec<float> load(const float* from) {
   Vec<float> v;
   std::memcpy(&v, from, sizeof(v));
@@ -173,54 +98,17 @@ inline Vec<double> load(const double* from) {
 inline void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
 inline void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
 
-#if defined(GKT_ISA_avx512)
-inline Vec<float> load(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+template <class Half>
+inline Vec<float> load(const Half* from) {
+  Halves<Vec<float>> bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return widen<Vec<float>>(bits, Half{});
 }
-inline void store(BFloat16* to, Vec<float> v) {
-  const __m512i bits = (__m512i)v;
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_srli_epi32(rounded, 16);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
-                                  _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+template <class Half>
+inline void store(Half* to, Vec<float> v) {
+  const Halves<Vec<float>> bits = narrow(v, Half{});
+  std::memcpy(to, &bits, sizeof(bits));
 }
-inline Vec<float> load(const Float16* from) {
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline void store(Float16* to, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(GKT_ISA_avx2)
-inline Vec<float> load(const BFloat16* from) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-}
-inline void store(BFloat16* to, Vec<float> v) {
-  for (int j = 0; j < kLanes<float>; ++j) from_compute(v[j], to + j);
-}
-inline Vec<float> load(const Float16* from) {
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-inline void store(Float16* to, Vec<float> v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-template <class T>
-inline Vec<float> load(const T* from) {
-  Vec<float> v;
-  for (int j = 0; j < kLanes<float>; ++j) v[j] = to_compute(from[j]);
-  return v;
-}
-template <class T>
-inline void store(T* to, Vec<float> v) {
-  for (int j = 0; j < kLanes<float>; ++j) from_compute(v[j], to + j);
-}
-#endif
 
 // A store that leaves the cache alone, for results that are too many to stay there. The address
 // must be a multiple of kVectorBytes; finish_streaming() orders it before what follows.
@@ -234,7 +122,7 @@ inline void store_streaming(float* to, Vec<float> v) {
 #endif
 }
 template <class T>
-inline void store_streaming(T* to, Vec<typename Compute<T>::Type> v) {
+inline void store_streaming(T* to, Vec<typename ArithmeticOf<T>::type> v) {
   store(to, v);
 }
 inline void finish_streaming() {
@@ -267,22 +155,20 @@ inline void transpose_4x4(const float* from, int64_t from_step, float* to, int64
 
 // The first `count` lanes from memory, `fill` in the others.
 template <class T>
-inline Vec<typename Compute<T>::Type> load_partial(const T* from, int count,
-                                                   typename Compute<T>::Type fill) {
-  using Real = typename Compute<T>::Type;
+inline Vec<typename ArithmeticOf<T>::type> load_partial(const T* from, int count,
+                                                        typename ArithmeticOf<T>::type fill) {
+  using Real = typename ArithmeticOf<T>::type;
   T values[kLanes<Real>] = {};
   std::memcpy(values, from, static_cast<size_t>(count) * sizeof(T));
   return lane_indices<Real>() < count ? load(values) : broadcast(fill);
 }
 
 template <class T>
-inline void store_partial(T* to, Vec<typename Compute<T>::Type> v, int count) {
-  T values[kLanes<typename Compute<T>::Type>];
+inline void store_partial(T* to, Vec<typename ArithmeticOf<T>::type> v, int count) {
+  T values[kLanes<typename ArithmeticOf<T>::type>];
   store(values, v);
   std::memcpy(to, values, static_cast<size_t>(count) * sizeof(T));
 }
-
-// --- functions -------------------------------------------------------------------------------
 
 // exp(x) for x <= 0 to about one unit in the last place; 0 where the result is not a normal number.
 inline Vec<float> exponential(Vec<float> x) {

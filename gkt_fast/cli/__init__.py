@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import yaml
 
+from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
+from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from ..trainer import NonFiniteLossError
-from . import environment, selfcheck, train
-from .train import with_config_file
+from . import environment, plot, selfcheck, train
+from .config_file import with_config_file
 
 __all__ = ["main"]
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
     "selfcheck": (selfcheck, "check every backend and mode against float64"),
     "train": (train, "train a network"),
+    "plot": (plot, "draw the curves of training runs"),
 }
 
 
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BackendError,
         CheckpointError,
+        DataLoadingError,
         ImportError,
         NonFiniteLossError,
         OSError,

@@ -28,7 +28,7 @@ from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StackingError(SharedStateError):
@@ -37,10 +37,13 @@ class StackingError(SharedStateError):
 
 def reason_against_stacking(model: nn.Module) -> str | None:
     """Why states of this model can't be stacked; None when nothing speaks against it."""
+    compiled = [path for path, module in model.named_modules() if module._compiled_call_impl is not None]
     for path, module in model.named_modules():
         if not isinstance(module, _NormBase):
             continue
         name = f"{path!r} ({type(module).__name__})"
+        if any(path.startswith(f"{outer}.") for outer in compiled):
+            return f"{name} is in a module compiled by torch.compile, where it can't be run per state"
         if type(module) not in _BATCH_NORMS:
             if isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
                 if module.track_running_stats:
