@@ -3,8 +3,10 @@
 from .batches import DataLoadingError
 from .callbacks import Callback
 from .checkpoint import CheckpointError
+from .compilation import compile_blocks
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
+from .export import ExportError, export_onnx
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
@@ -15,6 +17,15 @@ from .nonfinite import NonFiniteLossError
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
 from .schedules import LinearWarmup
 from .subnet import Stage, Subnet
+from .subnet_table import (
+    SubnetResult,
+    best_subnet,
+    choose_subnets,
+    evaluate_subnets,
+    pareto_front,
+    plot_subnets,
+    write_subnets_csv,
+)
 from .survival import survival_scaling
 from .trainer import GKTTrainer
 
@@ -27,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "DataLoadingError",
     "Evaluation",
+    "ExportError",
     "GKTConfig",
     "GKTOutput",
     "GKTTrainer",
@@ -35,18 +47,27 @@ __all__ = [
     "NonFiniteLossError",
     "Stage",
     "Subnet",
+    "SubnetResult",
     "TensorBoardLogger",
     "WandbLogger",
     "__version__",
     "active_subnet",
+    "best_subnet",
+    "choose_subnets",
+    "compile_blocks",
     "evaluate",
+    "evaluate_subnets",
+    "export_onnx",
     "extract_subnet",
     "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
     "method_config",
+    "pareto_front",
+    "plot_subnets",
     "recalibrate_batch_norm",
     "survival_scaling",
     "unfuse_blocks",
     "use_backend",
+    "write_subnets_csv",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
 from .execution.states import logits_of
-from .extraction import active_subnet, batch_norm_state, recalibrate_batch_norm
-from .subnet import Stage, Subnet
+from .extraction import Stages, active_subnet, batch_norm_state, recalibrate_batch_norm
+from .subnet import Subnet
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -26,12 +26,15 @@ class Evaluation:
     Args:
         accuracy: share of rows whose largest logit is the target's, 0 to 1.
         loss: mean cross entropy.
-        samples: number of rows, of all ranks.
+        samples: number of rows of all ranks: images, or positions of a dense prediction.
+        mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
+            None where targets are one per image.
     """
 
     accuracy: float
     loss: float
     samples: int
+    mean_iou: float | None = None
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     depths: Subnet | Sequence[int] | None = None,
     *,
-    stages: Sequence[Stage] | None = None,
+    stages: Stages | None = None,
     calibration_loader: Iterable[Any] | None = None,
     calibration_samples: int = 2000,
     ignore_index: int = -100,
@@ -53,7 +56,7 @@ def evaluate(
 
     Args:
         model: the network.
-        loader: (images, class indices) batches.
+        loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
         depths: evaluate this subnet; None: the full network.
         stages: the model's stages; None: found by themselves.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
@@ -69,6 +72,7 @@ def evaluate(
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
     training = model.training
     correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
+    overlap: Tensor | None = None
     try:
         if calibration_loader is not None:
             samples_here = -(-calibration_samples // world_size())
@@ -81,9 +85,12 @@ def evaluate(
                 images, targets = images.to(device), targets.to(device)
                 with autocast or nullcontext():
                     logits = logits_of(model(images)).float()
-                rows = targets != ignore_index
+                rows, predicted = targets != ignore_index, logits.argmax(1)
                 samples += rows.sum()
-                correct += ((logits.argmax(1) == targets) & rows).sum()
+                correct += ((predicted == targets) & rows).sum()
+                if targets.dim() > 1:
+                    counts = _count_overlap(predicted, targets, rows, logits.shape[1])
+                    overlap = counts if overlap is None else overlap + counts
                 loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     finally:
         model.train(training)
@@ -92,4 +99,21 @@ def evaluate(
     hits, total, count = reduce_sum(torch.stack([correct, loss, samples])).tolist()
     if count == 0:
         raise ValueError("loader gave no row to evaluate")
-    return Evaluation(hits / count, total / count, int(count))
+    mean_iou = None if overlap is None else _mean_iou(reduce_sum(overlap.double()))
+    return Evaluation(hits / count, total / count, int(count), mean_iou)
+
+
+def _count_overlap(predicted: Tensor, targets: Tensor, rows: Tensor, classes: int) -> Tensor:
+    """(3, C): how often each class is target and predicted, target, predicted; `rows` says what counts."""
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=targets.device)
+    inside = targets.clamp(0, classes - 1).flatten()
+    counts[0].index_add_(0, inside, ((predicted == targets) & rows).flatten().long())
+    counts[1].index_add_(0, inside, rows.flatten().long())
+    counts[2].index_add_(0, predicted.flatten(), rows.flatten().long())
+    return counts
+
+
+def _mean_iou(overlap: Tensor) -> float:
+    intersection, targets, predicted = overlap
+    union = targets + predicted - intersection
+    return float((intersection / union)[union > 0].mean())

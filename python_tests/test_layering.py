@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXTERNAL = {
     "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
-    "tensorboard", "wandb", "PIL",
+    "onnxruntime", "tensorboard", "wandb", "PIL",
 }  # fmt: skip
 
 ALLOWED = {
@@ -26,6 +26,7 @@ ALLOWED = {
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
+    "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
     "gkt_fast.synchronized_norm": [],
     "gkt_fast.distributed": [],
@@ -36,9 +37,18 @@ ALLOWED = {
         "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm", "gkt_fast.distributed",
     ],
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
+    "gkt_fast.extraction": [
+        "gkt_fast.execution*", "gkt_fast.models*", "gkt_fast.subnet", "gkt_fast.fusion",
+    ],
+    "gkt_fast.export": ["gkt_fast.execution*", "gkt_fast.extraction", "gkt_fast.subnet", "gkt_fast.fusion"],
+    "gkt_fast.subnet_table": [
+        "gkt_fast.config", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.flops", "gkt_fast.extraction",
+        "gkt_fast.evaluation",
+    ],
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
+        "gkt_fast.compilation",
     ],
     "gkt_fast.environment": ["gkt_fast.ops*"],
     "gkt_fast.selfcheck*": [

@@ -33,6 +33,7 @@ SMALL = {
     "gkt_fast selfcheck": "--device cpu",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "gkt_fast plot": "-o {tmp}/plot.png",
+    "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
@@ -41,6 +42,8 @@ SMALL = {
     "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
     "examples/minimal.py": "",
+    "examples/segmentation.py": "--train-images 4 --test-images 4 --batch-size 4 --epochs 1 "
+    "--output {tmp}/segmentation",
 }
 """The flags that make a command small; the last of two equal flags counts."""
 
@@ -190,6 +193,15 @@ def readers_runs(arguments: list[str], folder: Path) -> None:
             )
 
 
+def readers_checkpoint(arguments: list[str], folder: Path) -> None:
+    """Trains what the command's checkpoint is to be, in the folder that the command names."""
+    if arguments[:3] == ["-m", "gkt_fast", "subnets"]:
+        run = Path(arguments[3])
+        flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu"]
+        output = ["--output", str(run.parent), "--experiment", run.name]
+        subprocess.run([sys.executable, "-m", "gkt_fast", "train", *flags, *output], cwd=folder, check=True)
+
+
 def execute_command(command: Command, folder: Path) -> str:
     """Runs a command of the README, small; returns what it prints, "" where it is not for a test to run."""
     arguments = arguments_of(command)
@@ -197,6 +209,7 @@ def execute_command(command: Command, folder: Path) -> str:
         return ""
     arguments = [argument.replace("{tmp}", str(folder)) for argument in readers_data(arguments, folder)]
     readers_runs(arguments, folder)
+    readers_checkpoint(arguments, folder)
     environment = os.environ | dict(command.variables)
     result = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False

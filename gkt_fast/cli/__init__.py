@@ -10,9 +10,10 @@ import yaml
 
 from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
+from ..export import ExportError
 from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from . import environment, plot, selfcheck, train
+from . import environment, plot, selfcheck, subnets, train
 from .config_file import with_config_file
 
 __all__ = ["main"]
@@ -22,6 +23,7 @@ COMMANDS = {
     "selfcheck": (selfcheck, "check every backend and mode against float64"),
     "train": (train, "train a network"),
     "plot": (plot, "draw the curves of training runs"),
+    "subnets": (subnets, "evaluate the subnets of a trained network, and export the best"),
 }
 
 
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BackendError,
         CheckpointError,
         DataLoadingError,
+        ExportError,
         ImportError,
         NonFiniteLossError,
         OSError,

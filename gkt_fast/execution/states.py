@@ -11,15 +11,22 @@ real call of every layer gets a copy and is watched: a layer that writes keeps g
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .block_order import BlockOrder
 from .interception import Site
+from .noise import GeneratorWatch, silence
+from .step import Network
 
 __all__ = ["SharedStateError", "States", "logits_of", "run_watched", "skip_block"]
+
+logger = logging.getLogger("gkt_fast")
 
 
 class SharedStateError(RuntimeError):
@@ -36,7 +43,7 @@ class _State:
         self.versions = _versions(output)
         self.past_stem = past_stem
         self.statistics = statistics
-        self.children: dict[int, _State] = {}
+        self.children: dict[tuple[int, int | None], _State] = {}
 
     def release(self) -> None:
         """Lets go of the activation; no stream will read it again."""
@@ -48,16 +55,16 @@ class States:
     """The states of one step.
 
     Args:
-        writes_input: site path -> whether the layer writes into its input; kept from step to step.
-        returns: site path -> number of values the layer returns, 0 for a bare one; kept from step to step.
+        network: the network; what is learnt of its layers is kept there from step to step.
         statistics: list that BatchNorm layers append to as they run (`batch_norm.record_statistics`); the states
             remember what was appended while they were computed.
     """
 
-    def __init__(self, writes_input: dict[str, bool], returns: dict[str, int], statistics: list) -> None:
-        self.writes_input = writes_input
-        self.returns = returns
+    def __init__(self, network: Network, statistics: list) -> None:
+        self.network = network
         self.statistics = statistics
+        self.order = BlockOrder(network.sites)
+        self._watch = None if network.noisy is None else GeneratorWatch(network.model)
         self.root = self.state = _State(None, False, [])
         self.path: list[_State] = []
         self.past_stem = False
@@ -72,13 +79,16 @@ class States:
         self.path = []
         self.past_stem = False
         self.stream_statistics.append([])
+        self.order.begin_stream()
 
     def end_stream(self) -> None:
-        """Checks that the stream left every activation that others may read as it was.
+        """Checks that the stream called its blocks, and left every activation that others may read as it was.
 
         Raises:
             SharedStateError: the model changed one in place.
+            ValueError: it called other blocks than it should (see `BlockOrder`).
         """
+        self.order.end_stream()
         for state in self.path:
             if state.past_stem:
                 _check_untouched(state, "after it left a block")
@@ -94,27 +104,34 @@ class States:
         if not self.active:
             return module(*args, **kwargs)
         self.past_stem = self.past_stem or site.is_block
+        self.order.call(site)
         if site.path in self.dropped:
-            return skip_block(site.path, self.returns.get(site.path, 0), args, kwargs)
-        child = self.state.children.get(site.index)
+            return skip_block(site.path, self.network.returns.get(site.path, 0), args, kwargs)
+        key = (site.index, len(self.stream_statistics) if self._draws_noise(site) else None)
+        child = self.state.children.get(key)
         if child is None:
-            child = self._execute(site, module, args, kwargs)
-            self.state.children[site.index] = child
+            with silence(None if self._draws_noise(site) else self._watch, site.path):
+                child = self._execute(site, module, args, kwargs)
+            self.state.children[key] = child
         self.state = child
         self.path.append(child)
         self.stream_statistics[-1].extend(child.statistics)
         return child.output
+
+    def _draws_noise(self, site: Site) -> bool:
+        """Whether every stream runs the layer by itself, with noise of its own."""
+        return self.network.noisy is not None and site.path in self.network.noisy
 
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
         # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
         if self.past_stem:
-            output = run_watched(self.writes_input, site.path, module, args, kwargs)
+            output = run_watched(self.network.writes_input, site.path, module, args, kwargs)
         else:
             output = module(*args, **kwargs)
         if site.is_block:
-            self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+            self.network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
         return _State(output, self.past_stem, self.statistics[before:])
 
 
@@ -204,6 +221,9 @@ def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, `.logits`, or "logits" or "out" of a mapping.
 
+    The rest is left out, among it the output of an auxiliary head ("aux" of torchvision's segmentation networks):
+    it is not trained, which is logged once.
+
     Raises:
         TypeError: none of them is there.
     """
@@ -212,10 +232,20 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     if isinstance(output, dict):
+        if "aux" in output and torch.is_grad_enabled():
+            _tell_about_auxiliary_head()
         for key in ("logits", "out"):
             if isinstance(output.get(key), torch.Tensor):
                 return output[key]
     raise TypeError(
         f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
         "or a dict with 'logits' or 'out'"
+    )
+
+
+@functools.cache
+def _tell_about_auxiliary_head() -> None:
+    logger.warning(
+        "the model returns 'aux' beside its logits; GKT trains the logits alone, so the auxiliary head gets no "
+        "gradient. Build the model without it (aux_loss=False), or take it away (model.aux_classifier = None)"
     )
