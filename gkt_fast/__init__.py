@@ -3,6 +3,7 @@
 from .batches import DataLoadingError
 from .callbacks import Callback
 from .checkpoint import CheckpointError
+from .compilation import compile_blocks
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
 from .export import ExportError, export_onnx
@@ -53,6 +54,7 @@ __all__ = [
     "active_subnet",
     "best_subnet",
     "choose_subnets",
+    "compile_blocks",
     "evaluate",
     "evaluate_subnets",
     "export_onnx",

@@ -13,15 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .config import GKTConfig
-from .plan import Layer, make_plan
+from .plan import Cost, Layer, make_plan
 from .sampling import depth_probabilities, minimum_depths, sample_subnets
 from .subnet import Stage
 
-__all__ = ["expected_cost", "solve_min_depth"]
+__all__ = ["expected_cost", "expected_sequential_cost", "solve_min_depth"]
 
 ACCURACY = 0.005
 """Relative standard error of an estimate from draws."""
@@ -49,6 +49,24 @@ def expected_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTC
             table = _stage_costs(stages, layers, config)
             return _exact(minimum_depths(stages, config), table, gaps, sum(layer.flops for layer in layers))
     return _estimated(stages, layers, config)
+
+
+def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> float:
+    """Expected cost of a step whose streams run one by one, in plain steps.
+
+    Args:
+        stages: the model's stages.
+        layers: its layers with their costs (`GKT.layers`).
+        config: sampler, groups, loops, decay and min_depth.
+    """
+    if not config.train_full or config.sampler not in ("inherit_decay", "uniform"):
+        return _estimated(stages, layers, config, lambda cost: cost.sequential_ratio)
+    table = _stage_costs(stages, layers, config)
+    chosen = [stage[depth] for stage, depth in zip(table, minimum_depths(stages, config), strict=True)]
+    plain = sum(layer.flops for layer in layers)
+    between = sum(layer.flops for layer in layers if not layer.is_block)
+    subnets = sum(between + sum(stage.blocks[group] for stage in chosen) for group in range(config.groups))
+    return (plain + config.loops * subnets) / plain
 
 
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:
@@ -115,8 +133,11 @@ def _variety(depths: Sequence[int], stages: Sequence[Stage]) -> int:
 def _gaps(stages: Sequence[Stage], layers: Sequence[Layer]) -> list[int] | None:
     """Cost of the layers before the first stage, before the second, ..., and behind the last.
 
-    None when layers lie between the blocks of one stage, or the stages don't run in their order.
+    None when layers lie between the blocks of one stage, the stages don't run in their order, or states differ by the
+    random numbers drawn.
     """
+    if any(layer.draws_noise for layer in layers):
+        return None
     order = [path for stage in stages for path in stage.blocks]
     if [layer.path for layer in layers if layer.is_block] != order:
         return None
@@ -186,7 +207,12 @@ def _exact(
     return total / plain
 
 
-def _estimated(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> float:
+def _estimated(
+    stages: Sequence[Stage],
+    layers: Sequence[Layer],
+    config: GKTConfig,
+    ratio: Callable[[Cost], float] = lambda cost: cost.shared_ratio,
+) -> float:
     """Mean over draws, until its standard error is within `ACCURACY`."""
     ratios: list[float] = []
     while True:
@@ -195,7 +221,7 @@ def _estimated(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConf
             dropped = [subnet.dropped(stages) for subnet in subnets]
             if config.train_full:
                 dropped.insert(0, frozenset())
-            ratios.append(make_plan(layers, dropped).cost().shared_ratio)
+            ratios.append(ratio(make_plan(layers, dropped).cost()))
         mean = statistics.fmean(ratios)
         if statistics.stdev(ratios) <= ACCURACY * mean * math.sqrt(len(ratios)):
             return mean

@@ -46,6 +46,9 @@ class GKTConfig:
         execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
             with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;
             `auto` chooses (gkt_fast.execution.choice).
+        independent_noise: whether every stream draws its own dropout and stochastic depth, as streams run one by one
+            do. States are then shared only up to the first layer that draws random numbers. False: streams that
+            share a state share its noise.
         fuse_blocks: whether the model's residual blocks run as fused kernels where they can
             (`gkt_fast.fuse_blocks`): the same numbers up to rounding. Plain training (groups=0) is never fused.
         label_smoothing: of the cross entropy, in [0, 1].
@@ -76,6 +79,7 @@ class GKTConfig:
     budget: float | None = None
     batch_norm: str = "full"
     execution: str = "auto"
+    independent_noise: bool = False
     fuse_blocks: bool = True
     label_smoothing: float = 0.0
     ignore_index: int = -100
@@ -94,7 +98,7 @@ class GKTConfig:
             _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
             _check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks"):
+        for name in ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.sampler, str):

@@ -26,7 +26,7 @@ class Evaluation:
     Args:
         accuracy: share of rows whose largest logit is the target's, 0 to 1.
         loss: mean cross entropy.
-        samples: number of rows: images, or positions of a dense prediction; of all ranks.
+        samples: number of rows of all ranks: images, or positions of a dense prediction.
         mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
             None where targets are one per image.
     """
@@ -120,6 +120,6 @@ def _count_overlap(predicted: Tensor, targets: Tensor, rows: Tensor, classes: in
 
 
 def _mean_iou(overlap: Tensor) -> float:
-    intersection, targets, predicted = overlap.double()
+    intersection, targets, predicted = overlap
     union = targets + predicted - intersection
     return float((intersection / union)[union > 0].mean())

@@ -15,7 +15,7 @@ from .execution.chain import older_reads
 from .execution.interception import Site, intercept
 from .plan import Layer
 
-__all__ = ["count_flops", "count_layers", "one_sample", "same_form"]
+__all__ = ["count_flops", "count_layers", "one_sample", "same_form", "zeros_for"]
 
 
 def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
     counter = FlopCounterMode(display=False)
     with _evaluation(model), torch.no_grad(), counter:
-        model(*_zeros(model, inputs))
+        model(*zeros_for(model, inputs))
     return counter.get_total_flops()
 
 
@@ -65,7 +65,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _zeros(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Zeros in the form of `inputs` on the model's device, floating point ones in the dtype of its parameters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def zeros(value: Any) -> Any:
@@ -83,8 +84,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     Args:
         model: the network; left in the mode it was in, with the random state it had.
         sites: its blocks and the modules between them.
-        inputs: the model's positional arguments in the form of `one_sample`. The model gets zeros, floating
-            point ones in the dtype of its parameters.
+        inputs: the model's positional arguments in the form of `one_sample`; the model gets `zeros_for` them.
     """
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
@@ -116,8 +116,8 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             intercept(model, sites, call),
             counter,
         ):
-            model(*_zeros(model, inputs))
-        reads = older_reads(model, sites, _zeros(model, inputs))
+            model(*zeros_for(model, inputs))
+        reads = older_reads(model, sites, zeros_for(model, inputs))
     names = ["the model's input", *(f"the output of {layer.path!r}" for layer in layers)]
     for i, older in enumerate(reads):
         over_blocks = [j for j in older if any(layer.is_block for layer in layers[j : i + 1])]

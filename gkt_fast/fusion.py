@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _NormBase
 
-from .norm import run_batch_norm
+from .norm import carries_activation, run_batch_norm
 from .ops.ghost_batch_norm_checks import DTYPES
 
 __all__ = ["fuse_blocks", "unfuse_blocks"]
@@ -213,10 +213,8 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _is_batch_norm_relu(module: nn.Module) -> bool:
     """timm's BatchNorm that carries an activation, with ReLU and without dropping."""
-    kind = module.__class__
     return (
-        kind.__name__ == "BatchNormAct2d"
-        and kind.__module__ == "timm.layers.norm_act"
+        carries_activation(module)
         and module.running_mean is not None
         and type(module.drop) is nn.Identity
         and type(module.act) is nn.ReLU

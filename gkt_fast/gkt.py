@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .budget import expected_cost, solve_min_depth
+from .budget import expected_cost, expected_sequential_cost, solve_min_depth
+from .compilation import reason_against_compiled_model
 from .config import GKTConfig
 from .execution import (
     EXECUTION_MODES,
@@ -23,7 +24,8 @@ from .execution import (
     run_plain,
 )
 from .execution.interception import find_sites
-from .flops import count_layers, one_sample, same_form
+from .execution.noise import GeneratorWatch, noisy_layers
+from .flops import count_layers, one_sample, same_form, zeros_for
 from .fusion import fuse_blocks
 from .models.discovery import find_stages, stages_from_paths
 from .plan import Cost, Layer, make_plan
@@ -33,6 +35,12 @@ from .subnet import Subnet
 __all__ = ["GKT", "GKTOutput"]
 
 logger = logging.getLogger("gkt_fast")
+
+_SHARED_NOISE = (
+    "the model draws random numbers in training (dropout, stochastic depth): streams that share a state share them, "
+    "where streams run one by one draw their own. GKTConfig(independent_noise=True) draws them for every stream, and "
+    "shares states only up to the first such layer"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class GKT(nn.Module):
         self._within_budget: GKTConfig | None = None
         self._refused_stacking: str | None = None
         self._last_choice: Choice | None = None
+        self._noisy: tuple[list[bool], frozenset[str]] | None = None
+        self._looked_for_noise = config.independent_noise
 
     def sample(self, step: int) -> list[Subnet]:
         """The subnets of a step, S - 1 of them, in the order of their streams; the same in every process.
@@ -141,20 +151,32 @@ class GKT(nn.Module):
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
-                integer, or the model returns no logits.
+                integer, the model returns no logits, skips blocks by itself or is compiled as a whole.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if targets is None:
             return self.model(*inputs)
+        reason = reason_against_compiled_model(self.model)
+        if reason is not None:
+            raise ValueError(reason)
         if step is None:
             step = self.next_step
         self._remember(inputs)
         subnets = self.sample(step)
-        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers)
+        noisy = self._noisy_layers() if self.config.independent_noise else None
+        network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers, noisy)
         config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
         streams = Streams(self._dropped(subnets), config, tuple(sample_resolutions(config, step)))
-        run = self._run if len(streams.dropped) > 1 else run_plain
+        several = len(streams.dropped) > 1
+        run = self._run if several else run_plain
+        watch = (
+            None if self._looked_for_noise or not (self.training and several) else GeneratorWatch(self.model)
+        )
         result = run(network, inputs, targets, streams, loss_scale)
+        if watch is not None:
+            self._looked_for_noise = True
+            if watch.moved() and self._choice().mode != "sequential":
+                logger.warning(_SHARED_NOISE)
         if self.training:
             self.next_step = step + 1
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
@@ -216,17 +238,24 @@ class GKT(nn.Module):
             f"predicted activations kept for backward, per sample: plain {memory.plain / 2**20:.2f} MiB, "
             f"shared and stacked {memory.shared / 2**20:.2f} MiB, lean {memory.lean / 2**20:.2f} MiB"
         )
+        noisy = [layer.path for layer in plan.layers if layer.draws_noise]
+        if noisy:
+            lines.append(f"every stream draws noise of its own in {', '.join(noisy)}")
         choice = self._choice()
         lines.append(f"execution: {choice.mode} ({choice.reason})")
         return "\n".join(lines)
 
-    def expected_cost(self) -> float:
-        """Expected cost of a shared step, in plain steps (gkt_fast.budget).
+    def expected_cost(self, one_by_one: bool = False) -> float:
+        """Expected cost of a step, in plain steps (gkt_fast.budget).
+
+        Args:
+            one_by_one: of streams run one by one, instead of a step that runs every state once.
 
         Raises:
             ValueError: the model has not been called yet (see `layers`).
         """
-        return expected_cost(self.stages, self.layers(), self.sampling_config())
+        estimate = expected_sequential_cost if one_by_one else expected_cost
+        return estimate(self.stages, self.layers(), self.sampling_config())
 
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.
@@ -253,13 +282,24 @@ class GKT(nn.Module):
             )
         if self._layers is None:
             self._layers = count_layers(self.model, self._sites, self._example)
-        return self._layers
+        if not self.config.independent_noise:
+            return self._layers
+        noisy = self._noisy_layers()
+        return [replace(layer, draws_noise=layer.path in noisy) for layer in self._layers]
+
+    def _noisy_layers(self) -> frozenset[str]:
+        """The layers that draw random numbers; looked for again when a layer went into training or evaluation mode."""
+        modes = [module.training for module in self.model.modules()] if self.model.training else []
+        if self._noisy is None or self._noisy[0] != modes:
+            inputs = zeros_for(self.model, self._example)
+            self._noisy = modes, noisy_layers(self.model, self._sites, inputs)
+        return self._noisy[1]
 
     def _remember(self, inputs: tuple[Any, ...]) -> None:
         """Keeps the form of one sample, without its values; another form is counted anew."""
         example = one_sample(inputs)
         if self._example is None or not same_form(example, self._example):
-            self._example, self._layers = example, None
+            self._example, self._layers, self._noisy = example, None, None
 
     def get_extra_state(self) -> Tensor:
         """The step counter and what was learnt of the model; in this module's state_dict, not in the model's.

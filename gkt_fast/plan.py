@@ -1,6 +1,7 @@
 """Which activations (states) the streams of a step share, and what the step costs. No torch here.
 
-A state is the sequence of layers executed so far. The plan is the tree of all states: its root is the input, each
+A state is the sequence of layers executed so far (and of the random numbers drawn by them, where each stream draws its
+own). The plan is the tree of all states: its root is the input, each
 further node is one layer executed in the state above it, and each stream is a path from the root to a leaf.
 """
 
@@ -21,6 +22,7 @@ class Layer:
         is_block: whether subnets may drop it.
         flops: floating point operations of one sample's forward pass.
         saved_bytes: activations that autograd keeps of it for the backward pass, for one sample.
+        draws_noise: whether every stream runs it by itself, with random numbers of its own.
         reads_back: an activation, in words, that it reads although a block lies between (or it is a block), beside the
             output of the layer before it; so too the model's own code right before it, or after the last layer.
         reads_back_gradient: whether gradients flow back there.
@@ -30,6 +32,7 @@ class Layer:
     is_block: bool
     flops: int
     saved_bytes: int = 0
+    draws_noise: bool = False
     reads_back: str | None = None
     reads_back_gradient: bool = False
 
@@ -124,16 +127,17 @@ def make_plan(layers: Sequence[Layer], dropped: Iterable[frozenset[str]]) -> Pla
         dropped: for every stream the paths of the blocks that it drops (`Subnet.dropped`), full network first.
     """
     parents, layer_of = [-1], [-1]
-    children: dict[tuple[int, int], int] = {}
+    children: dict[tuple[int, int, int], int] = {}
     paths = []
-    for stream in dropped:
+    for stream, absent in enumerate(dropped):
         state, path = 0, []
         for index, layer in enumerate(layers):
-            if layer.path in stream:
+            if layer.path in absent:
                 continue
-            child = children.get((state, index))
+            key = (state, index, stream if layer.draws_noise else -1)
+            child = children.get(key)
             if child is None:
-                child = children[state, index] = len(parents)
+                child = children[key] = len(parents)
                 parents.append(state)
                 layer_of.append(index)
             state = child

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from . import compilation
 from .batches import EpochBatches
 from .callbacks import Callback
 from .checkpoint import check_model_state, check_training_state, load_checkpoint
@@ -118,9 +119,7 @@ class GKTTrainer:
         )
         self._average = None if ema_decay is None else WeightAverage(model, ema_decay)
         if compile_blocks:
-            for stage in self.gkt.stages:
-                for path in stage.blocks:
-                    model.get_submodule(path).compile()
+            compilation.compile_blocks(model, self.gkt.stages)
         # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
         unused = {"find_unused_parameters": not self.config.train_full}
         self._parallel_gkt = parallelize(self.gkt, self.device, {**unused, **(ddp_options or {})})

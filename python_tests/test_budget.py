@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gkt_fast import GKT, GKTConfig, Stage
-from gkt_fast.budget import expected_cost, solve_min_depth
+from gkt_fast.budget import expected_cost, expected_sequential_cost, solve_min_depth
 from gkt_fast.models import cifar_resnet
 from gkt_fast.plan import Layer, make_plan
 from gkt_fast.sampling import sample_subnets
@@ -28,13 +28,14 @@ LAYERS = [
 ]
 
 
-def drawn_cost(config: GKTConfig, draws: int, seed: int = 1234) -> float:
-    """Mean over draws that `expected_cost` has not seen."""
+def drawn_cost(config: GKTConfig, draws: int, seed: int = 1234, one_by_one: bool = False) -> float:
+    """Mean over draws that the estimate has not seen."""
     config = config.replace(seed=seed)
     ratios = []
     for step in range(draws):
         dropped = [frozenset(), *(s.dropped(STAGES) for s in sample_subnets(STAGES, config, step))]
-        ratios.append(make_plan(LAYERS, dropped).cost().shared_ratio)
+        cost = make_plan(LAYERS, dropped).cost()
+        ratios.append(cost.sequential_ratio if one_by_one else cost.shared_ratio)
     return statistics.fmean(ratios)
 
 
@@ -44,6 +45,19 @@ def drawn_cost(config: GKTConfig, draws: int, seed: int = 1234) -> float:
 def test_exact_expectation_against_independent_draws(sampler, groups, min_depth):
     config = GKTConfig(groups=groups, sampler=sampler, min_depth=min_depth, decay=0.6)
     assert expected_cost(STAGES, LAYERS, config) == pytest.approx(drawn_cost(config, 6000), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GKTConfig(groups=3, min_depth=(2, 1, 3), decay=0.6),
+        GKTConfig(groups=2, loops=2, sampler="uniform"),
+        GKTConfig(groups=1, loops=2, sampler="stochastic_depth"),
+    ],
+)
+def test_expectation_one_by_one_against_independent_draws(config):
+    expected = expected_sequential_cost(STAGES, LAYERS, config)
+    assert expected == pytest.approx(drawn_cost(config, 2000, one_by_one=True), rel=0.01)
 
 
 def test_expectation_by_hand():

@@ -59,7 +59,7 @@ class Net(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.kind == "between" and i:
                 x = x * 1.5
-            x = block(x, 0.5) if self.kind == "arguments" else block(x)
+            x = block(x, x.new_tensor(0.5)) if self.kind == "arguments" else block(x)
         return self.head(x.mean((2, 3)))
 
 
@@ -75,8 +75,8 @@ def test_auto_stacks_what_can_be_stacked():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("subclass", r"'blocks\.0\.bn' \(OtherNorm\) looks across the batch in a way of its own"),
-        ("arguments", r"block 'blocks\.0' takes 2 arguments"),
+        ("subclass", r"'blocks\.0\.bn' \(OtherNorm\) looks across the batch"),
+        ("arguments", r"block 'blocks\.0' takes 2 tensors"),
         ("between", r"computes something between two blocks, before 'blocks\.\d'"),
     ],
 )

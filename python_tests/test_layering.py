@@ -26,6 +26,7 @@ ALLOWED = {
     "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
     "gkt_fast.kernels*": ["gkt_fast.kernels*"],
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
+    "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
     "gkt_fast.synchronized_norm": [],
     "gkt_fast.distributed": [],
@@ -47,6 +48,12 @@ ALLOWED = {
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
+        "gkt_fast.compilation",
+    ],
+    "gkt_fast.environment": ["gkt_fast.ops*"],
+    "gkt_fast.selfcheck*": [
+        "gkt_fast.selfcheck*", "gkt_fast.environment", "gkt_fast.gkt", "gkt_fast.execution*", "gkt_fast.config",
+        "gkt_fast.models*", "gkt_fast.ops*",
     ],
     "gkt_fast.survival": [
         "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
@@ -78,7 +85,7 @@ TORCH_FREE = [
 ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""
-KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*"]
+KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*", "gkt_fast.environment"]
 
 
 def modules() -> dict[str, Path]:

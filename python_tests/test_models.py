@@ -111,7 +111,7 @@ FOUND = [
         lambda: torchvision.models.mobilenet_v2(width_mult=0.25),
         [
             ("features.1", "x"), ("features.2", ".x"), ("features.4", ".xx"), ("features.7", ".xxx"),
-            ("features.11", ".xx"), ("features.14", ".xx"), ("features.17", "."),
+            ("features.11", ".xx"), ("features.14", ".xx"),
         ],
     ),
     (ListModel, [("early.0", "xxx"), ("late.0", "xx")]),

@@ -30,9 +30,10 @@ SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid", "diff")
 
 SMALL = {
     "gkt_fast env": "",
+    "gkt_fast selfcheck": "--device cpu",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
-    "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
     "gkt_fast plot": "-o {tmp}/plot.png",
+    "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
@@ -182,15 +183,6 @@ def readers_data(arguments: list[str], folder: Path) -> list[str]:
     return arguments
 
 
-def readers_checkpoint(arguments: list[str], folder: Path) -> None:
-    """Trains what the command's checkpoint is to be, in the folder that the command names."""
-    if arguments[:3] == ["-m", "gkt_fast", "subnets"]:
-        run = Path(arguments[3])
-        flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu"]
-        output = ["--output", str(run.parent), "--experiment", run.name]
-        subprocess.run([sys.executable, "-m", "gkt_fast", "train", *flags, *output], cwd=folder, check=True)
-
-
 def readers_runs(arguments: list[str], folder: Path) -> None:
     """Makes the runs that a reader has trained before `plot` draws them."""
     if arguments[:3] == ["-m", "gkt_fast", "plot"]:
@@ -199,6 +191,15 @@ def readers_runs(arguments: list[str], folder: Path) -> None:
             (folder / run / "summary.csv").write_text(
                 "epoch,train_loss,val_accuracy\n0,2.0,0.5\n1,1.0,0.75\n"
             )
+
+
+def readers_checkpoint(arguments: list[str], folder: Path) -> None:
+    """Trains what the command's checkpoint is to be, in the folder that the command names."""
+    if arguments[:3] == ["-m", "gkt_fast", "subnets"]:
+        run = Path(arguments[3])
+        flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu"]
+        output = ["--output", str(run.parent), "--experiment", run.name]
+        subprocess.run([sys.executable, "-m", "gkt_fast", "train", *flags, *output], cwd=folder, check=True)
 
 
 def execute_command(command: Command, folder: Path) -> str:

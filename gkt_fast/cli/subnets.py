@@ -28,6 +28,7 @@ from ..subnet_table import (
 )
 from . import train
 from .arguments import parse_device, parse_integer, parse_min_depth, parse_number
+from .recipe import build_model
 
 __all__ = ["add_arguments", "print_subnets"]
 
@@ -94,7 +95,7 @@ def print_subnets(args: argparse.Namespace) -> None:
     state = load_checkpoint(checkpoint)
     weights = _averaged_weights(state, checkpoint) if args.ema else state["model"]
     data = load_data(run.data, run.image_size, run.train_images)
-    model = train.build_model(run.model, data)
+    model = build_model(run.model, data)
     check_model_state(model, weights, checkpoint)
     model.load_state_dict(weights)
     model.to(args.device).eval()

@@ -23,6 +23,7 @@ from ..norm import OnStatistics
 __all__ = [
     "BatchStatistics",
     "StreamStatistics",
+    "compiled_batch_norm",
     "freeze_during_backward",
     "frozen_statistics",
     "record_statistics",
@@ -82,9 +83,28 @@ def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
     loss.register_hook(freeze)
 
 
+def compiled_batch_norm(model: nn.Module) -> str | None:
+    """The path of a compiled module that holds normalisation layers of batches; None: there is none."""
+    for path, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None
+        if compiled and any(isinstance(inner, _NormBase) for inner in module.modules()):
+            return path
+    return None
+
+
 @contextmanager
-def record_statistics(layers: Iterable[_NormBase]) -> Iterator[list[BatchStatistics]]:
-    """Every call of a layer appends its batch's statistics to the list; the running ones stay as they are."""
+def record_statistics(model: nn.Module, layers: Iterable[_NormBase]) -> Iterator[list[BatchStatistics]]:
+    """Every call of a layer appends its batch's statistics to the list; the running ones stay as they are.
+
+    Raises:
+        ValueError: a layer of the model stands in a compiled module, which would be compiled anew in every step.
+    """
+    compiled = compiled_batch_norm(model)
+    if compiled is not None:
+        raise ValueError(
+            f"batch_norm is 'sequential', and {compiled!r} is compiled: BatchNorm inside can't put every stream's "
+            "statistics on record. Use batch_norm='full' or execution='sequential'"
+        )
     recorded: list[BatchStatistics] = []
     layers = list(layers)
     buffers = [dict(layer._buffers) for layer in layers]

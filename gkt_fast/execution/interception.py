@@ -7,7 +7,7 @@ is left behind, and a module that stands in two places has one stand-in for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..subnet import Stage
 
-__all__ = ["Call", "Site", "check_called", "find_layers", "find_sites", "intercept"]
+__all__ = ["Call", "Site", "find_layers", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -83,23 +83,8 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
     return sites
 
 
-def check_called(sites: Iterable[Site], called: Container[str]) -> None:
-    """Checks that the model's forward called blocks at the places where they can be intercepted.
-
-    Raises:
-        ValueError: it called none of them.
-    """
-    blocks = [site.path for site in sites if site.is_block]
-    if not any(path in called for path in blocks):
-        names = ", ".join([*map(repr, blocks[:3]), *(["..."] if len(blocks) > 3 else [])])
-        raise ValueError(
-            f"stages names {names}, but the model's forward did not call any of them through its parent "
-            "module, so that none can be dropped"
-        )
-
-
-def find_layers(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
-    """Every place of a module of exactly one of the given classes, however deep."""
+def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Site]:
+    """Every place of a module that is wanted, however deep; not those within such a module."""
     sites: list[Site] = []
     seen: set[tuple[int, str]] = set()
 
@@ -109,7 +94,7 @@ def find_layers(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
                 continue
             seen.add((id(module), name))
             child_path = f"{path}.{name}" if path else name
-            if type(child) in kinds:
+            if wanted(child):
                 sites.append(Site(len(sites), child_path, is_block=False))
             else:
                 visit(child, child_path)

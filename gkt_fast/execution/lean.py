@@ -21,7 +21,7 @@ from ..config import GKTConfig
 from ..plan import Plan, make_plan
 from .batch_norm import frozen_statistics, record_statistics, tracking_layers, update_running_statistics
 from .gradients import GradientSum, deliver
-from .interception import Site, check_called, intercept
+from .interception import Site, intercept
 from .states import SharedStateError, States, _State, logits_of
 from .step import Network, StepResult, Streams
 from .stream_loss import StreamLoss
@@ -50,7 +50,7 @@ def run_lean(
     layers = tracking_layers(network.model)
     every_stream_counts = config.batch_norm == "sequential"
     order = stream_order(plan, config)
-    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
+    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
         states = _CutStates(network, statistics, plan)
         try:
             for stream in order:
@@ -62,8 +62,6 @@ def run_lean(
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
                     logits = logits_of(gradients.run(network.model, inputs))
                     states.end_stream()
-                if stream == 0:
-                    check_called(network.sites, network.returns)
                 with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))
                     states.finish_stream()
@@ -84,7 +82,7 @@ class _CutStates(States):
     """
 
     def __init__(self, network: Network, statistics: list, plan: Plan) -> None:
-        super().__init__(network.writes_input, network.returns, statistics)
+        super().__init__(network, statistics)
         self.plan = plan
         self._readers = Counter(state for path in plan.paths for state in path)
         children = Counter(plan.parents[1:])
@@ -104,7 +102,7 @@ class _CutStates(States):
         if planned is None or self.plan.layers[self.plan.layer_of[planned]].path != site.path:
             raise SharedStateError(
                 f"the model called {site.path!r} where its forward in evaluation mode calls another layer; "
-                "execution='lean' needs the same order of calls in every step. Use execution='shared'"
+                f"execution='lean' needs the same order of calls in every step. {self.order.advice}"
             )
         state = super()._execute(site, module, args, kwargs)
         if planned in self._branching and torch.is_grad_enabled():

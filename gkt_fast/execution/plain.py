@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import GroupKnowledge
-from .interception import Site, check_called, intercept
+from .block_order import BlockOrder
+from .interception import Site, intercept
 from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams, knowledge_options
 
@@ -41,8 +42,10 @@ def run_plain(
 def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
     """Runs all blocks once, in evaluation mode, to see how many values each returns."""
     blocks = [site for site in network.sites if site.is_block]
+    order = BlockOrder(blocks)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        order.call(site)
         output = module(*args, **kwargs)
         network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
         return output
@@ -55,6 +58,4 @@ def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
-    check_called(blocks, network.returns)
-    for site in blocks:
-        network.returns.setdefault(site.path, 0)
+    order.end_stream()

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch_norm import frozen_statistics, tracking_layers
+from .block_order import BlockOrder
 from .gradients import GradientSum, deliver
-from .interception import Site, check_called, intercept
+from .interception import Site, intercept
 from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams
 from .stream_loss import StreamLoss
@@ -37,25 +38,27 @@ def run_sequential(
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
     blocks = [site for site in network.sites if site.is_block]
+    order = BlockOrder(blocks)
     for stream, dropped in enumerate(streams.dropped):
 
         def call(
             site: Site, module: nn.Module, args: tuple, kwargs: dict, dropped: frozenset = dropped
         ) -> Any:
+            order.call(site)
             if site.path in dropped:
                 return skip_block(site.path, network.returns.get(site.path, 0), args, kwargs)
             output = module(*args, **kwargs)
             network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
             return output
 
+        order.begin_stream()
         updates_statistics = stream == 0 or config.batch_norm == "sequential"
         with (
             nullcontext() if updates_statistics else frozen_statistics(layers),
             intercept(network.model, blocks, call),
         ):
             logits = logits_of(gradients.run(_at_resolution(network.model, streams, stream), inputs))
-        if stream == 0:
-            check_called(blocks, network.returns)
+        order.end_stream()
         with frozen_statistics(layers):
             gradients.add(stream_loss(stream, logits))
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)

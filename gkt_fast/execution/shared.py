@@ -16,7 +16,7 @@ from .batch_norm import (
     tracking_layers,
     update_running_statistics,
 )
-from .interception import check_called, intercept
+from .interception import intercept
 from .states import States, logits_of
 from .step import Network, StepResult, Streams, loss_options
 
@@ -34,14 +34,13 @@ def run_shared(
     config = streams.config
     layers = tracking_layers(network.model)
     every_stream_counts = config.batch_norm == "sequential"
-    with record_statistics(layers) if every_stream_counts else nullcontext([]) as statistics:
-        states = States(network.writes_input, network.returns, statistics)
+    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
+        states = States(network, statistics)
         try:
             with intercept(network.model, network.sites, states.call):
                 states.begin_stream(streams.dropped[0])
                 logits = [logits_of(network.model(*inputs))]
                 states.end_stream()
-                check_called(network.sites, network.returns)
                 with nullcontext() if every_stream_counts else frozen_statistics(layers):
                     for dropped in streams.dropped[1:]:
                         states.begin_stream(dropped)

@@ -6,29 +6,34 @@ run are then a leading slice. A state that a stream keeps while others go on is 
 its streams run next. BatchNorm normalises every ghost batch by itself. The full network runs every block, so its ghost
 batch comes first.
 
-No layer but BatchNorm may mix the rows of a batch, and blocks must take and return one activation.
+No layer but BatchNorm may mix the rows of a batch, and blocks must take and return one activation (other arguments may
+not be tensors).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ..norm import ghost_batches, run_batch_norm
+from ..norm import ghost_batches, is_batch_norm, run_batch_norm_layer
 from ..ops import group_knowledge_loss
-from ..plan import Plan, make_plan
-from .batch_norm import StreamStatistics
-from .interception import Site, check_called, find_layers, intercept
+from ..plan import Layer, Plan, make_plan
+from .batch_norm import StreamStatistics, compiled_batch_norm
+from .block_order import BlockOrder
+from .interception import Site, find_layers, intercept
+from .noise import GeneratorWatch, silence
 from .partition import ghost, lead_and_kept
 from .states import SharedStateError, logits_of, run_watched
 from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StackingError(SharedStateError):
@@ -37,14 +42,14 @@ class StackingError(SharedStateError):
 
 def reason_against_stacking(model: nn.Module) -> str | None:
     """Why states of this model can't be stacked; None when nothing speaks against it."""
-    compiled = [path for path, module in model.named_modules() if module._compiled_call_impl is not None]
+    compiled = compiled_batch_norm(model)
+    if compiled is not None:
+        return f"{compiled!r} is compiled, so that the BatchNorm inside can't be run for each state by itself"
     for path, module in model.named_modules():
         if not isinstance(module, _NormBase):
             continue
         name = f"{path!r} ({type(module).__name__})"
-        if any(path.startswith(f"{outer}.") for outer in compiled):
-            return f"{name} is in a module compiled by torch.compile, where it can't be run per state"
-        if type(module) not in _BATCH_NORMS:
+        if not is_batch_norm(module):
             if isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
                 if module.track_running_stats:
                     return f"{name} averages its running statistics over all stacked states"
@@ -80,27 +85,46 @@ def run_stacked(
         )
     statistics = StreamStatistics(streams.config.batch_norm)
     stack = _Stack(plan, network, statistics)
-    _unwatch([module for module in network.model.modules() if isinstance(module, _BATCH_NORMS)])
-    norms = find_layers(network.model, _BATCH_NORMS)
+    _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
+    norms = find_layers(network.model, is_batch_norm)
+    first_step = not network.returns
     with (
+        _RefuseDecisions() if first_step else nullcontext(),
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
     ):
         logits = stack.per_stream(logits_of(network.model(*inputs)))
-    check_called(network.sites, network.returns)
+    stack.order.end_stream()
     statistics.update()
     loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
     _watch_backward(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
 
 
+class _RefuseDecisions(TorchFunctionMode):
+    """Refuses what decides by an activation's values: it would see those of several states at once."""
+
+    _readers = frozenset(
+        ("__bool__", "__float__", "__index__", "__int__", "equal", "is_nonzero", "item", "tolist")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._readers:
+            raise StackingError(
+                f"the model reads a value of a tensor ({name}) in its forward; under execution='stacked' it would "
+                "see several states at once"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-    return run_batch_norm(module, *args, **kwargs)
+    return run_batch_norm_layer(module, *args, **kwargs)
 
 
 def _watch_backward(model: nn.Module, loss: Tensor) -> None:
     """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
-    layers = [module for module in model.modules() if isinstance(module, _BATCH_NORMS) and module.training]
+    layers = [module for module in model.modules() if is_batch_norm(module) and module.training]
 
     def watch(gradient: Tensor) -> None:
         _unwatch(layers)  # of a backward that failed
@@ -141,19 +165,23 @@ class _Stack:
         self.network = network
         self.statistics = statistics
         self.position = 0
-        self.stacked = [0]
+        self.stacked = [tuple(range(len(plan.paths)))]
         self.aside: dict[int, Tensor] = {}
         self.passed: Any = None
+        self.order = BlockOrder(network.sites)
+        self.order.begin_stream()
+        self._watch = None if network.noisy is None else GeneratorWatch(network.model)
         self._state_of = [0] * len(plan.paths)
         self._next = [0] * len(plan.paths)
 
     def call(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call of the layer at `site`; the handler for `intercept`."""
+        self.order.call(site)
         layer = self.plan.layers[self.position] if self.position < len(self.plan.layers) else None
         if layer is None or layer.path != site.path:
             raise StackingError(
                 f"the model called {site.path!r} where its forward in evaluation mode calls another layer; "
-                "execution='stacked' needs the same order of calls in every step"
+                f"execution='stacked' needs the same order of calls in every step. {self.order.advice}"
             )
         if self.aside and not (args and args[0] is self.passed):
             raise StackingError(
@@ -167,15 +195,16 @@ class _Stack:
         return output
 
     def _run_block(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not args or [*map(id, tensors)] != [id(args[0])]:
             raise StackingError(
-                f"block {site.path!r} takes {len(args) + len(kwargs)} arguments; "
-                "execution='stacked' needs blocks that take one activation"
+                f"block {site.path!r} takes {len(tensors)} tensors; execution='stacked' needs blocks that take one "
+                "activation, as their first argument"
             )
         x = args[0]
         if x is not self.passed:
             x = self._arrange(x)
-        y = self._run(site, module, (x,), {})
+        y = self._run(site, module, (x, *args[1:]), kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != x.shape[0]:
             raise StackingError(
                 f"block {site.path!r} returns {type(y).__name__}; execution='stacked' needs blocks that return one "
@@ -187,63 +216,79 @@ class _Stack:
         return y
 
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        streams = [[s for s in self._moving() if self._state_of[s] == state] for state in self.stacked]
-        with ghost_batches(len(self.stacked), self.statistics.receiver(streams)):
+        noisy = self.plan.layers[self.position].draws_noise
+        if noisy and any(len(streams) > 1 for streams in self.stacked):
+            raise StackingError(
+                f"layer {site.path!r} draws random numbers before the first block; execution='stacked' can't draw "
+                "them for each stream (independent_noise=True)"
+            )
+        with (
+            ghost_batches(len(self.stacked), self.statistics.receiver(self.stacked)),
+            silence(None if noisy else self._watch, site.path),
+        ):
             if self.position == 0 and not site.is_block:
                 return module(*args, **kwargs)
             return run_watched(self.network.writes_input, site.path, module, args, kwargs)
 
-    def _moving(self) -> list[int]:
-        """The streams that run the next layer."""
-        return [stream for stream in range(len(self._next)) if self._moves(stream)]
-
     def _moves(self, stream: int) -> bool:
+        """Whether the stream runs the next layer."""
         path, index = self.plan.paths[stream], self._next[stream]
         return index < len(path) and self.plan.layer_of[path[index]] == self.position
 
     def _advance(self) -> None:
         """The stacked states have run the layer: their streams are in the states after it."""
-        after = {}
-        for stream in self._moving():
-            child = self.plan.paths[stream][self._next[stream]]
-            after[self._state_of[stream]] = child
-            self._state_of[stream] = child
-            self._next[stream] += 1
-        self.stacked = [after[state] for state in self.stacked]
+        for streams in self.stacked:
+            for stream in streams:
+                self._state_of[stream] = self.plan.paths[stream][self._next[stream]]
+                self._next[stream] += 1
         self.position += 1
 
     def _arrange(self, x: Tensor) -> Tensor:
         """Of the states in `x` and those put aside, stacks the ones that run the next layer and keeps the others.
 
-        Before a layer that is no block (or at the end) all are stacked: the model may compute anything there.
+        Before a layer that is no block (or at the end) all are stacked: the model may compute anything there. Streams
+        that will draw noise of their own before the next block get a ghost batch each.
         """
-        is_block = self.position < len(self.plan.layers) and self.plan.layers[self.position].is_block
+        segment = self._until_next_block()
+        is_block = bool(segment) and segment[0].is_block
+        apart = any(layer.draws_noise for layer in segment)
         rows = x.shape[0] // len(self.stacked)
-        run: list[int] = []
-        stay: list[int] = []
+        run: dict[tuple[int, int], list[int]] = {}
+        stay: dict[int, list[int]] = {}
         for stream, state in enumerate(self._state_of):
-            goal = run if not is_block or self._moves(stream) else stay
-            if state not in goal:
-                goal.append(state)
-        index = {state: i for i, state in enumerate(self.stacked)}
-        kept = [state for state in stay if state in index]
-        if set(run) == set(self.stacked[: len(run)]):
-            run = self.stacked[: len(run)]
-            x, parts = lead_and_kept(x, rows, len(run), [index[state] for state in kept])
+            if not is_block or self._moves(stream):
+                run.setdefault((state, stream if apart else -1), []).append(stream)
+            else:
+                stay.setdefault(state, []).append(stream)
+        index = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
+        stacked = [tuple(streams) for streams in run.values()]
+        kept = {state: index[streams[0]] for state, streams in stay.items() if streams[0] in index}
+        if sorted(index.get(streams[0], -1) for streams in stacked) == list(range(len(stacked))):
+            stacked.sort(key=lambda streams: index[streams[0]])
+            x, parts = lead_and_kept(x, rows, len(stacked), list(kept.values()))
         else:
-            run.sort(key=self._blocks_ahead, reverse=True)
-            parts = [ghost(x, index[state], rows) for state in kept]
-            x = torch.cat([ghost(x, index[s], rows) if s in index else self.aside[s] for s in run])
-        self.aside = {state: self.aside[state] for state in stay if state in self.aside}
+            stacked.sort(key=self._run_length, reverse=True)
+            parts = [ghost(x, i, rows) for i in kept.values()]
+            sources = [(streams[0], self._state_of[streams[0]]) for streams in stacked]
+            x = torch.cat(
+                [ghost(x, index[s], rows) if s in index else self.aside[state] for s, state in sources]
+            )
+        self.aside = {state: self.aside[state] for state in stay if state not in kept}
         self.aside |= dict(zip(kept, parts, strict=True))
-        self.stacked = run
+        self.stacked = stacked
         return x
 
-    def _blocks_ahead(self, state: int) -> int:
-        """How many layers a stream of the state runs from here on before it drops one, at most."""
-        return max(self._run_length(stream) for stream, s in enumerate(self._state_of) if s == state)
+    def _until_next_block(self) -> Sequence[Layer]:
+        """The next layer if it is a block, or the layers up to the next block."""
+        layers = self.plan.layers[self.position :]
+        end = next((i for i, layer in enumerate(layers) if layer.is_block), len(layers))
+        return layers[: max(end, 1)]
 
-    def _run_length(self, stream: int) -> int:
+    def _run_length(self, streams: Sequence[int]) -> int:
+        """How many layers the streams of a state run from here on before one drops one, at most."""
+        return max(map(self._layers_ahead, streams))
+
+    def _layers_ahead(self, stream: int) -> int:
         path, index = self.plan.paths[stream], self._next[stream]
         length = 0
         while (
@@ -255,7 +300,8 @@ class _Stack:
     def per_stream(self, logits: Tensor) -> Tensor:
         """(S, B, ...) from the stacked logits of the final states."""
         ghosts = logits.reshape(len(self.stacked), -1, *logits.shape[1:])
-        index = [self.stacked.index(state) for state in self._state_of]
+        ghost_of = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
+        index = [ghost_of[stream] for stream in range(len(ghost_of))]
         if index == list(range(len(self.stacked))):
             return ghosts
         return ghosts[torch.tensor(index, device=logits.device)]

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .block_order import BlockOrder
 from .interception import Site
+from .noise import GeneratorWatch, silence
+from .step import Network
 
 __all__ = ["SharedStateError", "States", "logits_of", "run_watched", "skip_block"]
 
@@ -40,7 +43,7 @@ class _State:
         self.versions = _versions(output)
         self.past_stem = past_stem
         self.statistics = statistics
-        self.children: dict[int, _State] = {}
+        self.children: dict[tuple[int, int | None], _State] = {}
 
     def release(self) -> None:
         """Lets go of the activation; no stream will read it again."""
@@ -52,16 +55,16 @@ class States:
     """The states of one step.
 
     Args:
-        writes_input: site path -> whether the layer writes into its input; kept from step to step.
-        returns: site path -> number of values the layer returns, 0 for a bare one; kept from step to step.
+        network: the network; what is learnt of its layers is kept there from step to step.
         statistics: list that BatchNorm layers append to as they run (`batch_norm.record_statistics`); the states
             remember what was appended while they were computed.
     """
 
-    def __init__(self, writes_input: dict[str, bool], returns: dict[str, int], statistics: list) -> None:
-        self.writes_input = writes_input
-        self.returns = returns
+    def __init__(self, network: Network, statistics: list) -> None:
+        self.network = network
         self.statistics = statistics
+        self.order = BlockOrder(network.sites)
+        self._watch = None if network.noisy is None else GeneratorWatch(network.model)
         self.root = self.state = _State(None, False, [])
         self.path: list[_State] = []
         self.past_stem = False
@@ -76,13 +79,16 @@ class States:
         self.path = []
         self.past_stem = False
         self.stream_statistics.append([])
+        self.order.begin_stream()
 
     def end_stream(self) -> None:
-        """Checks that the stream left every activation that others may read as it was.
+        """Checks that the stream called its blocks, and left every activation that others may read as it was.
 
         Raises:
             SharedStateError: the model changed one in place.
+            ValueError: it called other blocks than it should (see `BlockOrder`).
         """
+        self.order.end_stream()
         for state in self.path:
             if state.past_stem:
                 _check_untouched(state, "after it left a block")
@@ -98,27 +104,34 @@ class States:
         if not self.active:
             return module(*args, **kwargs)
         self.past_stem = self.past_stem or site.is_block
+        self.order.call(site)
         if site.path in self.dropped:
-            return skip_block(site.path, self.returns.get(site.path, 0), args, kwargs)
-        child = self.state.children.get(site.index)
+            return skip_block(site.path, self.network.returns.get(site.path, 0), args, kwargs)
+        key = (site.index, len(self.stream_statistics) if self._draws_noise(site) else None)
+        child = self.state.children.get(key)
         if child is None:
-            child = self._execute(site, module, args, kwargs)
-            self.state.children[site.index] = child
+            with silence(None if self._draws_noise(site) else self._watch, site.path):
+                child = self._execute(site, module, args, kwargs)
+            self.state.children[key] = child
         self.state = child
         self.path.append(child)
         self.stream_statistics[-1].extend(child.statistics)
         return child.output
+
+    def _draws_noise(self, site: Site) -> bool:
+        """Whether every stream runs the layer by itself, with noise of its own."""
+        return self.network.noisy is not None and site.path in self.network.noisy
 
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
         # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
         if self.past_stem:
-            output = run_watched(self.writes_input, site.path, module, args, kwargs)
+            output = run_watched(self.network.writes_input, site.path, module, args, kwargs)
         else:
             output = module(*args, **kwargs)
         if site.is_block:
-            self.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+            self.network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
         return _State(output, self.past_stem, self.statistics[before:])
 
 

@@ -25,6 +25,8 @@ class Network:
         writes_input: what is known of layers that write into their input (`states.States`).
         returns: what is known of the number of values that blocks return (`states.States`).
         layers: gives the layers at the sites in order of execution, for modes that plan a step before they run it.
+        noisy: paths of the layers that draw random numbers, which every stream runs by itself; None: noise may be
+            shared as the states are.
     """
 
     model: nn.Module
@@ -32,6 +34,7 @@ class Network:
     writes_input: dict[str, bool] = field(default_factory=dict)
     returns: dict[str, int] = field(default_factory=dict)
     layers: Callable[[], Sequence[Layer]] = list
+    noisy: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
 """Finds the stages of residual blocks of any network, without running it.
 
-A block is *residual* when its input reaches its output through nothing but additions, activations and layers that
-are the identity in evaluation (`nn.Identity`, dropout, stochastic depth): dropping such a block leaves a valid
-network. The path is looked for in the graph of the block's own forward, traced by torch.fx with all inner modules
-opaque. A stage is a run of blocks of one class in a container; a block that is not residual (because it changes
-shape) starts a new stage.
+A block is *residual* when its input reaches its output through nothing but additions, activations, reshapes that are
+undone, and layers that are the identity in evaluation (`nn.Identity`, dropout, stochastic depth): dropping such a
+block leaves a valid network. The path is looked for in the graph of the block's own forward in evaluation mode, traced
+by torch.fx with all inner modules opaque. A stage is a run of neighbours of one class in a container, or in any other
+module that holds such blocks side by side; a block that is not residual (because it changes shape) starts a new stage.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,13 @@ from torch import nn
 
 from ..subnet import Stage
 
-__all__ = ["find_stages", "is_residual", "stages_from_paths"]
+__all__ = ["NAME_STAGES", "find_stages", "is_residual", "stages_from_paths"]
+
+NAME_STAGES = (
+    "Name the stages yourself with stages=[['layer1.0', 'layer1.1'], ...] or by the "
+    "paths of their containers, stages=['layer1', ...]"
+)
+"""The way out that error messages offer."""
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PASSING_FUNCTIONS = {
@@ -31,32 +39,38 @@ _PASSING_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Hardswish,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 )  # fmt: skip
-_PASSING_MODULE_NAMES = {"DropPath", "StochasticDepth"}
+_PASSING_MODULE_NAMES = ("DropPath", "StochasticDepth")
+"""How the names of such classes end (timm, torchvision, transformers)."""
+_RESHAPES = {torch.reshape, torch.flatten, torch.unflatten, "reshape", "view", "flatten", "unflatten"}
+_RESHAPES_LIKE = {"reshape_as", "view_as"}
 
 
 def find_stages(model: nn.Module) -> list[Stage]:
-    """The stages of a network: runs of residual blocks in its `nn.Sequential` and `nn.ModuleList` containers.
+    """The stages of a network: runs of residual blocks with at least one that can be dropped.
 
     Raises:
         ValueError: there is no droppable block; the message lists what was found where.
     """
     runs = list(_runs(model, ""))
     block_classes = {type(block) for run in runs for _, block in run if is_residual(block)}
-    stages = [stage for run in runs if type(run[0][1]) in block_classes for stage in _split(run)]
-    if not any(any(stage.droppable) for stage in stages):
-        found = ", ".join(
-            f"{run[0][0].rpartition('.')[0] or 'the model'}: {len(run)} x {type(run[0][1]).__name__}"
-            for run in runs
-            if len(run) > 1
-        )
+    found = [stage for run in runs if type(run[0][1]) in block_classes for stage in _split(run)]
+    stages = [stage for stage in found if any(stage.droppable)]
+    if not stages:
+        descriptions = ", ".join(_description(run) for run in runs if len(run) > 1)
         raise ValueError(
             f"model ({type(model).__name__}) has no run of residual blocks that can be dropped. "
-            f"Runs of modules found in containers: {found or 'none'}. A block can be dropped when its input "
-            "reaches its output by an addition. Name the stages yourself with "
-            "stages=[['layer1.0', 'layer1.1'], ...] or by the "
-            "paths of their containers, stages=['layer1', ...]"
+            f"Runs of modules found in containers: {descriptions or 'none'}. A block can be dropped when its input "
+            f"reaches its output by an addition. {NAME_STAGES}"
         )
     return stages
+
+
+def _description(run: list[tuple[str, nn.Module]]) -> str:
+    """Where a run stands, what it holds, and whether its blocks withstood tracing."""
+    container = run[0][0].rpartition(".")[0] or "the model"
+    untraceable = any(_has_skip_connection(block) is None for _, block in run)
+    why = " (their forward can't be traced: its control flow depends on its input)" if untraceable else ""
+    return f"{container}: {len(run)} x {type(run[0][1]).__name__}{why}"
 
 
 def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -> list[Stage]:
@@ -112,10 +126,13 @@ def _has_skip_connection(block: nn.Module) -> bool | None:
         return False
     if not isinstance(type(block).forward, FunctionType):
         return None
+    training, block.training = block.training, False
     try:
         graph = _BlockTracer().trace(block)
     except Exception:  # fx raises whatever the traced code raises when it meets a proxy
         return None
+    finally:
+        block.training = training
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0]
@@ -127,39 +144,86 @@ def _has_skip_connection(block: nn.Module) -> bool | None:
 
 
 class _BlockTracer(torch.fx.Tracer):
-    """Traces one block's own forward; everything inside it stays a call."""
+    """Traces one block's own forward; everything inside it stays a call, optional arguments have their defaults."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        required = [
+            parameter.name
+            for parameter in list(inspect.signature(root_fn).parameters.values())[1:]
+            if parameter.kind in _POSITIONAL and parameter.default is inspect.Parameter.empty
+        ]
+        names = required or ["input"]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _reaches(result: torch.fx.Node, source: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a path of passing operations with at least one addition leads from `source` to `result`."""
 
     @functools.cache
-    def search(node: torch.fx.Node, added: bool) -> bool:
+    def search(node: torch.fx.Node, added: bool, reshaped: bool) -> bool:
+        """Backwards from `node`; `reshaped`: a later operation gives the result the shape of `source`."""
         if node is source:
             return added
-        if node.op in ("call_function", "call_method") and node.target in _ADDITIONS:
-            operands = [operand for operand in node.args[:2] if isinstance(operand, torch.fx.Node)]
-            return len(operands) == 2 and any(search(operand, True) for operand in operands)
-        if _passes(node, modules):
-            first = node.args[0] if node.args else None
-            return isinstance(first, torch.fx.Node) and search(first, added)
-        return False
+        first = node.args[0] if node.args else None
+        if not isinstance(first, torch.fx.Node):
+            return False
+        if node.op in ("call_function", "call_method"):
+            if node.target in _ADDITIONS:
+                operands = [operand for operand in node.args[:2] if isinstance(operand, torch.fx.Node)]
+                return len(operands) == 2 and any(search(operand, True, reshaped) for operand in operands)
+            if node.target in _RESHAPES or node.target in _RESHAPES_LIKE:
+                return (reshaped or _restores_shape(node, source)) and search(first, added, True)
+        return _passes(node, modules) and search(first, added, reshaped)
 
-    return search(result, False)
+    return search(result, False, False)
+
+
+def _restores_shape(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether a reshape has all of the source's dimensions as its target, in order."""
+    sizes = node.args[1:]
+    if node.target in _RESHAPES_LIKE:
+        return sizes == (source,)
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if len(sizes) == 1:
+        return _is_shape(sizes[0], source)
+    return len(sizes) > 1 and all(_is_size(size, source, dim) for dim, size in enumerate(sizes))
+
+
+def _is_shape(node: Any, source: torch.fx.Node) -> bool:
+    if not isinstance(node, torch.fx.Node):
+        return False
+    return (node.target is getattr and node.args == (source, "shape")) or (
+        node.target == "size" and node.args == (source,)
+    )
+
+
+def _is_size(node: Any, source: torch.fx.Node, dim: int) -> bool:
+    if not isinstance(node, torch.fx.Node):
+        return False
+    if node.target is operator.getitem:
+        return node.args[1] == dim and _is_shape(node.args[0], source)
+    return node.target == "size" and node.args == (source, dim)
 
 
 def _passes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return isinstance(module, _PASSING_MODULES) or type(module).__name__ in _PASSING_MODULE_NAMES
+        return isinstance(module, _PASSING_MODULES) or type(module).__name__.endswith(_PASSING_MODULE_NAMES)
     return node.op in ("call_function", "call_method") and node.target in _PASSING_FUNCTIONS
 
 
 def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Runs of neighbours of one class in the containers below `module`, outermost containers first.
+    """Runs of neighbours of one class below `module`, outermost first: in containers all of them, elsewhere those of
+    two or more that hold a residual block.
 
     The search doesn't look into the blocks of a run that holds a residual block. Children are taken from
     `_modules`, so that a module that stands in two places counts as two blocks.
@@ -169,17 +233,18 @@ def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]
         for name, child in module._modules.items()
         if child is not None
     ]
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        for run in _neighbours(children):
-            candidates = [run] if isinstance(run[0][1], (nn.Sequential, nn.ModuleList)) else []
-            if not candidates and (any(is_residual(block) for _, block in run) or not _holds_container(run)):
-                yield run
-                continue
-            for child_path, child in run:
-                yield from _runs(child, child_path)
-        return
-    for child_path, child in children:
-        yield from _runs(child, child_path)
+    is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
+    for run in _neighbours(children):
+        holds_containers = isinstance(run[0][1], (nn.Sequential, nn.ModuleList))
+        if not holds_containers and is_container:
+            is_run = any(is_residual(block) for _, block in run) or not _holds_container(run)
+        else:
+            is_run = not holds_containers and len(run) > 1 and any(is_residual(block) for _, block in run)
+        if is_run:
+            yield run
+            continue
+        for child_path, child in run:
+            yield from _runs(child, child_path)
 
 
 def _neighbours(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:

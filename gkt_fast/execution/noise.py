@@ -1,0 +1,108 @@
+"""Which layers draw random numbers: found by looking at the generators before and after a layer runs.
+
+Dropout, stochastic depth and the like come as modules, as functions in a block's forward and as arguments of attention;
+what they have in common is that they move a random number generator on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .interception import Site, intercept
+
+__all__ = ["GeneratorWatch", "UnexpectedNoiseError", "noisy_layers", "silence"]
+
+
+class UnexpectedNoiseError(RuntimeError):
+    """A layer that drew no random numbers when the step was planned draws some now."""
+
+
+class GeneratorWatch:
+    """Tells whether random numbers were drawn since it last looked: by Python, or by torch on the CPU or model's GPU.
+
+    Reading a GPU's generator doesn't wait for the GPU.
+
+    Args:
+        model: its first parameter says on which device to look.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._seen = self._states()
+
+    def _states(self) -> tuple[Any, ...]:
+        tensors = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            tensors.append(torch.cuda.get_rng_state(self._device))
+        return random.getstate(), *(tensor.numpy().tobytes() for tensor in tensors)
+
+    def moved(self) -> bool:
+        """Whether a generator moved on since the last call."""
+        states = self._states()
+        moved, self._seen = states != self._seen, states
+        return moved
+
+
+@contextmanager
+def silence(watch: GeneratorWatch | None, path: str) -> Iterator[None]:
+    """Checks that a layer which should draw no random numbers doesn't; no watch: nothing is checked.
+
+    Raises:
+        UnexpectedNoiseError: it did.
+    """
+    if watch is not None:
+        watch.moved()
+    yield
+    if watch is not None and watch.moved():
+        raise UnexpectedNoiseError(
+            f"layer {path!r} drew random numbers, which it did not when independent_noise=True looked for such layers; "
+            "make a new GKT after a rate of dropout or stochastic depth was raised from 0"
+        )
+
+
+def noisy_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> frozenset[str]:
+    """Runs the model once and returns the paths of the layers that draw random numbers, or get any drawn before them.
+
+    Args:
+        model: the network. Runs in the mode in which it is, in training mode where that is evaluation;
+            normalisation layers always use their running statistics. Buffers, modes and generators are left as they
+            were.
+        sites: its blocks and the modules between them.
+        inputs: an example of its input, one sample.
+    """
+    noisy: set[str] = set()
+    training = {module: module.training for module in model.modules()}
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    python_state = random.getstate()
+    watch = GeneratorWatch(model)
+
+    def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        moved_before = watch.moved()
+        output = module(*args, **kwargs)
+        if watch.moved() or moved_before:
+            noisy.add(site.path)
+        return output
+
+    try:
+        if not model.training:
+            model.train()
+        for module in training:
+            if isinstance(module, _NormBase):
+                module.eval()
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        with torch.random.fork_rng(), torch.enable_grad(), intercept(model, sites, call):
+            model(*inputs)
+    finally:
+        random.setstate(python_state)
+        for module, mode in training.items():
+            module.training = mode
+            module._buffers.update(buffers[module])
+    return frozenset(noisy)
