@@ -12,8 +12,8 @@ are found by convention: kernels/cuda/*.cu, and `aot_configurations()` of kernel
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import itertools
 import multiprocessing
 import os
 import pkgutil
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,10 +105,11 @@ def readable_names(mangled: Sequence[str]) -> list[str]:
     if program is None or not mangled:
         return list(mangled)
     result = subprocess.run([program], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    return [_shorten(name) for name in result.stdout.splitlines()]
+    return [shorten(name) for name in result.stdout.splitlines()]
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """A demangled kernel name without its return type, namespaces and parameters."""
     name = re.sub(r"\(anonymous namespace\)::|\b_GLOBAL__N__\w+::|\bgkt::|^void ", "", name)
     name = re.sub(r"\((?:int|unsigned int|long)\)(\d+)", r"\1", name)
     name = name.replace("(bool)1", "true").replace("(bool)0", "false")
@@ -126,7 +127,7 @@ def triton_configurations(ops: Sequence[str] | None = None) -> Iterator[tuple[st
     for info in pkgutil.iter_modules(package.__path__):
         if ops is None or info.name in ops:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
-            for configuration in module.aot_configurations():
+            for configuration in getattr(module, "aot_configurations", tuple)():
                 yield info.name, configuration
 
 
@@ -144,15 +145,30 @@ def compile_triton(configuration: tuple, architecture: int) -> object:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def triton_rows(architectures: Sequence[int], ops: Sequence[str] | None = None) -> list[dict[str, object]]:
-    """A row per Triton configuration and architecture, compiled by one process per core."""
-    count = sum(1 for _ in triton_configurations(ops))
-    workers = max(1, min(os.cpu_count() or 1, count))
-    with compiler_processes(workers) as pool:
-        shares = pool.map(
-            _triton_share, *zip(*((architectures, ops, i, workers) for i in range(workers)), strict=True)
-        )
-        rows = [row for share in shares for row in share]
+def triton_jobs(architectures: Sequence[int], ops: Sequence[str] | None = None) -> list[tuple[str, str, int]]:
+    """(op, name, architecture) of every configuration. Not where Triton's interpreter is on."""
+    return [
+        (op, configuration[0], architecture)
+        for op, configuration in triton_configurations(ops)
+        for architecture in architectures
+    ]
+
+
+def triton_rows(
+    architectures: Sequence[int],
+    ops: Sequence[str] | None = None,
+    choose: Callable[[list[tuple[str, str, int]]], list[tuple[str, str, int]]] | None = None,
+) -> list[dict[str, object]]:
+    """A row per Triton configuration and architecture, compiled by one process per core.
+
+    Args:
+        architectures: compute capabilities times ten.
+        ops: only these ops.
+        choose: picks some of the jobs (op, name, architecture); default: all.
+    """
+    with compiler_processes(os.cpu_count() or 1) as pool:
+        jobs = pool.submit(triton_jobs, architectures, ops).result()
+        rows = list(pool.map(_run_triton_job, jobs if choose is None else choose(jobs), chunksize=4))
     return sorted(rows, key=lambda row: (row["op"], row["kernel"], row["arch"]))
 
 
@@ -169,14 +185,14 @@ def _leave_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _triton_share(
-    architectures: Sequence[int], ops: Sequence[str] | None, first: int, step: int
-) -> list[dict[str, object]]:
-    return [
-        triton_row(op, configuration, architecture)
-        for op, configuration in itertools.islice(triton_configurations(ops), first, None, step)
-        for architecture in architectures
-    ]
+@functools.cache
+def _configurations_by_name() -> dict[tuple[str, str], tuple]:
+    return {(op, configuration[0]): configuration for op, configuration in triton_configurations()}
+
+
+def _run_triton_job(job: tuple[str, str, int]) -> dict[str, object]:
+    op, name, architecture = job
+    return triton_row(op, _configurations_by_name()[op, name], architecture)
 
 
 def triton_row(op: str, configuration: tuple, architecture: int) -> dict[str, object]:

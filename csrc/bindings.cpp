@@ -26,6 +26,10 @@ py::dict build_info() {
 
 void check(int status) {
   if (status == GKT_INVALID) throw py::value_error(gkt_last_error());
+  if (status == GKT_UNSUPPORTED) {
+    PyErr_SetString(PyExc_NotImplementedError, gkt_last_error());
+    throw py::error_already_set();
+  }
   if (status != GKT_OK) throw std::runtime_error(gkt_last_error());
 }
 

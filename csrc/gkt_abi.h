@@ -8,8 +8,9 @@
 
 enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16 = 3 };
 
-// GKT_OK or the reason; gkt_last_error() has the text, per thread.
-enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2 };
+// GKT_OK or the reason; gkt_last_error() has the text, per thread. GKT_UNSUPPORTED: this build
+// can't run on the GPU or driver that is here, and never will.
+enum gkt_status { GKT_OK = 0, GKT_INVALID = 1, GKT_FAILED = 2, GKT_UNSUPPORTED = 3 };
 
 // An activation seen as (batch, channel, position), positions being all spatial places. Strides in
 // elements.

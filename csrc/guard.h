@@ -15,6 +15,10 @@ struct InvalidArgument : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 template <class Body>
 int guarded(Body&& body) noexcept {
   try {
@@ -23,6 +27,9 @@ int guarded(Body&& body) noexcept {
   } catch (const InvalidArgument& error) {
     set_last_error(error.what());
     return GKT_INVALID;
+  } catch (const Unsupported& error) {
+    set_last_error(error.what());
+    return GKT_UNSUPPORTED;
   } catch (const std::exception& error) {
     set_last_error(error.what());
     return GKT_FAILED;

@@ -1,44 +1,73 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
+from .batches import DataLoadingError
+from .callbacks import Callback
 from .checkpoint import CheckpointError
 from .compilation import compile_blocks
 from .config import GKTConfig
 from .evaluation import Evaluation, evaluate
+from .export import ExportError, export_onnx
 from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
 from .fusion import fuse_blocks, unfuse_blocks
 from .gkt import GKT, GKTOutput
+from .loggers import TensorBoardLogger, WandbLogger
 from .losses import GroupKnowledgeLoss
 from .methods import METHODS, method_config
+from .nonfinite import NonFiniteLossError
 from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
+from .schedules import LinearWarmup
 from .subnet import Stage, Subnet
+from .subnet_table import (
+    SubnetResult,
+    best_subnet,
+    choose_subnets,
+    evaluate_subnets,
+    pareto_front,
+    plot_subnets,
+    write_subnets_csv,
+)
 from .survival import survival_scaling
-from .trainer import GKTTrainer, NonFiniteLossError
+from .trainer import GKTTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GKT",
     "METHODS",
+    "Callback",
     "CheckpointError",
+    "DataLoadingError",
     "Evaluation",
+    "ExportError",
     "GKTConfig",
     "GKTOutput",
     "GKTTrainer",
     "GroupKnowledgeLoss",
+    "LinearWarmup",
     "NonFiniteLossError",
     "Stage",
     "Subnet",
+    "SubnetResult",
+    "TensorBoardLogger",
+    "WandbLogger",
     "__version__",
     "active_subnet",
+    "best_subnet",
+    "choose_subnets",
     "compile_blocks",
     "evaluate",
+    "evaluate_subnets",
+    "export_onnx",
     "extract_subnet",
     "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
     "method_config",
+    "pareto_front",
+    "plot_subnets",
     "recalibrate_batch_norm",
     "survival_scaling",
     "unfuse_blocks",
     "use_backend",
+    "write_subnets_csv",
 ]

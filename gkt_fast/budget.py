@@ -59,7 +59,7 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
         layers: its layers with their costs (`GKT.layers`).
         config: sampler, groups, loops, decay and min_depth.
     """
-    if config.sampler not in ("inherit_decay", "uniform"):
+    if not config.train_full or config.sampler not in ("inherit_decay", "uniform"):
         return _estimated(stages, layers, config, lambda cost: cost.sequential_ratio)
     table = _stage_costs(stages, layers, config)
     chosen = [stage[depth] for stage, depth in zip(table, minimum_depths(stages, config), strict=True)]

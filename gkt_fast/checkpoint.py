@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+from .config import GKTConfig
 
 __all__ = [
     "CheckpointError",
     "check_model_state",
+    "check_training_state",
     "get_random_state",
     "load_checkpoint",
+    "remove_temporary_files",
     "save_checkpoint",
     "set_random_state",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -36,9 +42,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path
         path: where to.
         state: tensors and plain Python values.
         copy_to: a second name for the same checkpoint, made without writing it twice where the file system can.
+
+    Raises:
+        CheckpointError: it can't be written, for example on a full disk; what was at `path` is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -47,18 +56,36 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path
         if copy_to is not None:
             _link(temporary, Path(copy_to))
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise  # of the state; torch reports a failed write as a RuntimeError, after the OSError
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise CheckpointError(f"{path} can't be written ({reason}); an earlier checkpoint is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint left behind."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _link(source: Path, target: Path) -> None:
-    link = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    link = _temporary(target)
     link.unlink(missing_ok=True)
     try:
-        os.link(source, link)
-    except OSError:
-        link.write_bytes(source.read_bytes())
-    os.replace(link, target)
+        try:
+            os.link(source, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, link)
+        os.replace(link, target)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -111,6 +138,45 @@ def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path)
         raise CheckpointError(
             f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
         )
+
+
+def check_training_state(
+    state: dict[str, Any],
+    path: str | Path,
+    *,
+    optimizer: Optimizer,
+    config: GKTConfig,
+    scheduler: bool,
+    ema: bool,
+) -> None:
+    """Checks that a checkpoint is of a training run like one's own, before anything is loaded.
+
+    Args:
+        state: the checkpoint.
+        path: where it was read from, for the message.
+        optimizer: one's own; its parameter groups must be as large.
+        config: one's own; the numbers of distillation terms, which are averaged over an epoch, must be equal.
+        scheduler: whether there is a learning-rate schedule.
+        ema: whether there are averaged weights.
+
+    Raises:
+        CheckpointError: they differ in one of these.
+    """
+    groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own_groups = [len(group["params"]) for group in optimizer.param_groups]
+    if groups != own_groups:
+        raise CheckpointError(
+            f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
+        )
+    for key, what, here in (("scheduler", "a scheduler", scheduler), ("ema", "averaged weights", ema)):
+        if (state[key] is not None) != here:
+            there, own = ("without", "with") if here else ("with", "without")
+            raise CheckpointError(f"{path} was written {there} {what}; this trainer is {own}")
+    for name in ("groups", "train_full"):
+        if state["config"][name] != getattr(config, name):
+            raise CheckpointError(
+                f"{path} was written with {name}={state['config'][name]}, not {getattr(config, name)}"
+            )
 
 
 def get_random_state() -> dict[str, Any]:

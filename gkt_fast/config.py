@@ -98,7 +98,7 @@ class GKTConfig:
             _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
             _check_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("normalize_logits", "train_full", "distill_ignored", "independent_noise", "fuse_blocks"):
+        for name in ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.sampler, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -65,7 +66,8 @@ def load_data(name: str, image_size: int = 32, train_images: int | None = None) 
         train_images: for digits, the number of images to train on.
 
     Raises:
-        ValueError: the name is unknown, or the folder doesn't hold what it must.
+        ValueError: the name is unknown, or the folder doesn't hold what it must; later, when it is loaded, an image
+            of a folder is damaged.
     """
     kind, _, path = name.partition(":")
     if kind == "digits":
@@ -94,11 +96,26 @@ def _image_folder(path: Path, image_size: int) -> Data:
         augment = [transforms.RandomResizedCrop(image_size)]
         resize = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
     flip = transforms.RandomHorizontalFlip()
-    train_set = datasets.ImageFolder(path / "train", transforms.Compose([*augment, flip, *normalize]))
-    test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]))
+    train_transform = transforms.Compose([*augment, flip, *normalize])
+    train_set = datasets.ImageFolder(path / "train", train_transform, loader=_load_image)
+    test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]), loader=_load_image)
     if train_set.classes != test_set.classes:
         raise ValueError(f"{path / 'train'} and {test} hold different classes")
     return Data(train_set, test_set, len(train_set.classes), 3)
+
+
+def _load_image(path: str) -> Any:
+    """torchvision's loader, whose errors don't say which file they are about.
+
+    Raises:
+        ValueError: the file is no image, is cut off or damaged.
+    """
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files of different kinds of damage
+        raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
 def _cifar10(path: Path) -> Data:

@@ -11,61 +11,106 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .execution.interception import find_sites, intercept
-from .execution.states import skip_block
+from .execution.interception import Site, find_sites, intercept
+from .execution.states import run_watched, skip_block
 from .fusion import unfuse_blocks
-from .models.discovery import find_stages
+from .models.discovery import find_stages, stages_from_paths
 from .subnet import Stage, Subnet
 
-__all__ = ["active_subnet", "extract_subnet", "recalibrate_batch_norm"]
+__all__ = ["Stages", "active_subnet", "as_stages", "as_subnet", "extract_subnet", "recalibrate_batch_norm"]
+
+Stages = Sequence["Stage | str | Sequence[str]"]
+"""Stages as found, or named by module paths (`stages_from_paths`)."""
 
 
-def _as_subnet(subnet: Subnet | Sequence[int], stages: Sequence[Stage]) -> Subnet:
-    return subnet if isinstance(subnet, Subnet) else Subnet.ordered(subnet, stages)
+def as_stages(model: nn.Module, stages: Stages | None) -> list[Stage]:
+    """The stages as they are, by their module paths, or found by themselves.
+
+    Raises:
+        ValueError, TypeError: none are found, or a path doesn't fit.
+    """
+    if stages is None:
+        return find_stages(model)
+    if not isinstance(stages, str) and stages and all(isinstance(stage, Stage) for stage in stages):
+        return list(stages)
+    return stages_from_paths(model, stages)
+
+
+def as_subnet(depths: Subnet | Sequence[int], stages: Sequence[Stage]) -> Subnet:
+    """The ordered subnet of these depths; a `Subnet` as it is.
+
+    Raises:
+        ValueError, TypeError: the depths don't fit the stages.
+    """
+    return depths if isinstance(depths, Subnet) else Subnet.ordered(depths, stages)
 
 
 @contextmanager
 def active_subnet(
-    model: nn.Module, depths: Subnet | Sequence[int], stages: Sequence[Stage] | None = None
+    model: nn.Module, depths: Subnet | Sequence[int], stages: Stages | None = None
 ) -> Iterator[None]:
     """Inside the block the model runs as the subnet: dropped blocks hand their input through.
 
     Args:
         model: the network.
         depths: blocks to keep in each stage, or a `Subnet`.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found by themselves.
 
     Raises:
         ValueError: the depths don't fit the model.
     """
-    stages = find_stages(model) if stages is None else stages
-    dropped = _as_subnet(depths, stages).dropped(stages)
+    stages = as_stages(model, stages)
+    dropped = as_subnet(depths, stages).dropped(stages)
     sites = [site for site in find_sites(model, stages) if site.path in dropped]
-    with intercept(model, sites, lambda site, module, args, kwargs: skip_block(site.path, 0, args, kwargs)):
+    returns: dict[str, int] = {}
+
+    def skip(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if site.path not in returns:
+            returns[site.path] = _values_returned(site.path, module, args, kwargs)
+        return skip_block(site.path, returns[site.path], args, kwargs)
+
+    with intercept(model, sites, skip):
         yield
 
 
+@torch.no_grad()
+def _values_returned(path: str, block: nn.Module, args: tuple, kwargs: dict) -> int:
+    """How many values a block returns in a tuple, 0 for a bare one; runs it in evaluation mode, without effect."""
+    training = {module: module.training for module in block.modules()}
+    try:
+        block.eval()
+        output = run_watched({}, path, block, args, kwargs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return len(output) if isinstance(output, tuple) else 0
+
+
 def extract_subnet(
-    model: nn.Module, depths: Subnet | Sequence[int], stages: Sequence[Stage] | None = None
+    model: nn.Module, depths: Subnet | Sequence[int], stages: Stages | None = None
 ) -> nn.Module:
     """A copy of the model, of the same class, without the dropped blocks.
 
     Blocks in an `nn.Sequential` or `nn.ModuleList` are removed and the following ones renumbered; elsewhere an
     `nn.Identity` takes a dropped block's place. BatchNorm statistics are copied as they are: those of a subnet differ,
-    see `recalibrate_batch_norm`. Fused blocks get their own class back: the copy needs nothing of this package.
+    see `recalibrate_batch_norm`. Fused blocks get their own class back: the copy needs nothing of this package, and
+    an ordered subnet's state_dict fits a model of the same class built at these depths. The configuration of a
+    Hugging Face model is shortened too, for `save_pretrained`.
 
     Args:
         model: the network.
         depths: blocks to keep in each stage, or a `Subnet`.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found by themselves.
 
     Raises:
         ValueError: the depths don't fit the model.
     """
-    stages = find_stages(model) if stages is None else stages
-    dropped = _as_subnet(depths, stages).dropped(stages)
+    stages = as_stages(model, stages)
+    subnet = as_subnet(depths, stages)
+    dropped = subnet.dropped(stages)
     extracted = copy.deepcopy(model)
     unfuse_blocks(extracted)
+    _shorten_configuration(extracted, stages, subnet)
     for path in sorted(dropped, key=_natural, reverse=True):
         parent_path, _, name = path.rpartition(".")
         parent = extracted.get_submodule(parent_path)
@@ -78,6 +123,16 @@ def extract_subnet(
     return extracted
 
 
+def _shorten_configuration(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> None:
+    """Where a Hugging Face model's configuration counts the blocks, counts those of the subnet."""
+    config = getattr(model, "config", None)
+    depths = [stage.depth for stage in stages]
+    if list(getattr(config, "depths", None) or ()) == depths:
+        config.depths = list(subnet.depths)
+    elif getattr(config, "num_hidden_layers", None) == sum(depths):
+        config.num_hidden_layers = sum(subnet.depths)
+
+
 def _natural(path: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
@@ -88,7 +143,7 @@ def recalibrate_batch_norm(
     loader: Iterable[Any],
     num_samples: int = 2000,
     depths: Subnet | Sequence[int] | None = None,
-    stages: Sequence[Stage] | None = None,
+    stages: Stages | None = None,
 ) -> int:
     """Resets BatchNorm's running statistics and estimates them anew, as the average over batches.
 
@@ -100,7 +155,7 @@ def recalibrate_batch_norm(
         loader: batches, or (batch, ...) tuples of which the first entry is used.
         num_samples: how many samples to use; fewer when the loader ends before.
         depths: estimate for this subnet; None: the model as it is.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found by themselves.
 
     Returns:
         The number of samples used.

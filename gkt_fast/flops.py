@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from .execution.chain import older_reads
 from .execution.interception import Site, intercept
 from .plan import Layer
 
-__all__ = ["count_layers", "one_sample", "same_form", "zeros_for"]
+__all__ = ["count_flops", "count_layers", "one_sample", "same_form", "zeros_for"]
 
 
 def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -33,6 +37,34 @@ def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
 
 
+def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Floating point operations of one forward pass in evaluation mode (a multiply-add is two).
+
+    Args:
+        model: the network; left in the mode it was in, with the random state it had.
+        inputs: as of `count_layers`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
+
+    counter = FlopCounterMode(display=False)
+    with _evaluation(model), torch.no_grad(), counter:
+        model(*zeros_for(model, inputs))
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards it and the random state are as before."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Zeros in the form of `inputs` on the model's device, floating point ones in the dtype of its parameters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -47,7 +79,7 @@ def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
-    """Runs the model once in evaluation mode and counts the layers at `sites`, in order of execution.
+    """Runs the model twice in evaluation mode and counts the layers at `sites`, in order of execution.
 
     Args:
         model: the network; left in the mode it was in, with the random state it had.
@@ -65,7 +97,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    training = {module: module.training for module in model.modules()}
+    differentiable = [False]
     counter = FlopCounterMode(display=False)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -74,19 +106,25 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         output = module(*args, **kwargs)
         flops = counter.get_total_flops() - before
         layers.append(Layer(site.path, site.is_block, flops, sum(saved.values())))
+        differentiable.append(any(v.requires_grad for v in tree_leaves(output) if isinstance(v, Tensor)))
         return output
 
-    model.eval()
-    try:
+    with _evaluation(model):
         with (
-            torch.random.fork_rng(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             intercept(model, sites, call),
             counter,
         ):
             model(*zeros_for(model, inputs))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+        reads = older_reads(model, sites, zeros_for(model, inputs))
+    names = ["the model's input", *(f"the output of {layer.path!r}" for layer in layers)]
+    for i, older in enumerate(reads):
+        over_blocks = [j for j in older if any(layer.is_block for layer in layers[j : i + 1])]
+        if over_blocks:
+            layer = min(i, len(layers) - 1)
+            gradient = any(differentiable[j] for j in over_blocks)
+            layers[layer] = replace(
+                layers[layer], reads_back=names[over_blocks[0]], reads_back_gradient=gradient
+            )
     return layers

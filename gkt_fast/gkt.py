@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .budget import expected_cost, expected_sequential_cost, solve_min_depth
@@ -134,6 +135,7 @@ class GKT(nn.Module):
         targets: Tensor | None = None,
         step: int | None = None,
         loss_scale: float | Tensor | None = None,
+        kd_weight: float | None = None,
     ) -> GKTOutput | Any:
         """Runs the full network and the step's subnets.
 
@@ -145,6 +147,7 @@ class GKT(nn.Module):
                 call in training mode.
             loss_scale: factor on losses that are differentiated inside the forward (modes `sequential` and `lean`),
                 so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
+            kd_weight: weight of the distillation terms in this call; None: the configuration's.
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
@@ -162,7 +165,8 @@ class GKT(nn.Module):
         subnets = self.sample(step)
         noisy = self._noisy_layers() if self.config.independent_noise else None
         network = Network(self.model, self._sites, self._writes_input, self._returns, self.layers, noisy)
-        streams = Streams(self._dropped(subnets), self.config, tuple(sample_resolutions(self.config, step)))
+        config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
+        streams = Streams(self._dropped(subnets), config, tuple(sample_resolutions(config, step)))
         several = len(streams.dropped) > 1
         looks = self.training and several and not self._looked_for_noise
         watch = GeneratorWatch(self.model) if looks else None
@@ -296,22 +300,29 @@ class GKT(nn.Module):
         if self._example is None or not same_form(example, self._example):
             self._example, self._layers, self._noisy = example, None, None
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The step counter and what was learnt of the blocks; in this module's state_dict, not in the model's."""
-        return {
-            "next_step": self.next_step,
-            "writes_input": dict(self._writes_input),
-            "returns": dict(self._returns),
-            "min_depth": None if self._within_budget is None else self._within_budget.min_depth,
-        }
+    def get_extra_state(self) -> Tensor:
+        """The step counter and what was learnt of the model; in this module's state_dict, not in the model's.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        An int64 tensor whose shape never changes, since safetensors and averaged weights want tensors in a state_dict:
+        the counter, min_depth of every stage as solved for the budget, then for every block and module between whether
+        it writes into its input and how many values it returns; -1 where that isn't known.
+        """
+        solved = None if self._within_budget is None else self._within_budget.min_depth
+        paths = [site.path for site in self._sites]
+        values = [self.next_step, *(solved or [-1] * len(self.stages))]
+        values += [int(self._writes_input.get(path, -1)) for path in paths]
+        values += [self._returns.get(path, -1) for path in paths]
+        return torch.tensor(values)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """The inverse of `get_extra_state`."""
-        self.next_step = int(state["next_step"])
-        self._writes_input = dict(state["writes_input"])
-        self._returns = dict(state["returns"])
-        if self.config.budget is not None and state["min_depth"] is not None:
-            self._within_budget = self.config.replace(min_depth=state["min_depth"], budget=None)
+        paths = [site.path for site in self._sites]
+        counter, min_depth, writes, returns = state.cpu().split([1, len(self.stages), len(paths), len(paths)])
+        self.next_step = int(counter)
+        if self.config.budget is not None and min_depth.min() >= 0:
+            self._within_budget = self.config.replace(min_depth=tuple(min_depth.tolist()), budget=None)
+        self._writes_input = {p: bool(v) for p, v in zip(paths, writes.tolist(), strict=True) if v >= 0}
+        self._returns = {p: v for p, v in zip(paths, returns.tolist(), strict=True) if v >= 0}
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)

@@ -1,17 +1,17 @@
-"""Where the numbers of a training run go: one small protocol, a CSV file, a progress bar or plain lines."""
+"""Where the numbers of a training run go: one small protocol; CSV, TensorBoard, Weights & Biases, a progress bar."""
 
 from __future__ import annotations
 
 import csv
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-__all__ = ["CsvLogger", "Logger", "Progress"]
+__all__ = ["CsvLogger", "Logger", "Progress", "TensorBoardLogger", "WandbLogger"]
 
 
 class Logger(Protocol):
@@ -55,6 +55,81 @@ class CsvLogger:
 
     def close(self) -> None:
         """Nothing is left open."""
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard, over epochs. A resumed run hides what was logged from its first epoch on.
+
+    Args:
+        folder: folder of the event files.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(folder)
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def log_epoch(self, metrics: dict[str, float]) -> None:
+        """Writes one scalar per metric; the first call opens the file, so that other ranks leave none."""
+        epoch = int(metrics["epoch"])
+        if self._writer is None:
+            self._writer = self._open(str(self.folder), purge_step=epoch)
+        for name, value in metrics.items():
+            if name != "epoch":
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class WandbLogger:
+    """A run of Weights & Biases. Its identity is kept in the folder, so that a resumed training goes on in it.
+
+    Args:
+        folder: folder of the training run; wandb's own files go to its subfolder `wandb`.
+        config: hyper-parameters to show with the run.
+        options: further arguments of `wandb.init`, such as project, entity, name or mode.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> None:
+        import wandb
+
+        self.folder = Path(folder)
+        self._wandb = wandb
+        self._options = {"config": dict(config or {}), **options}
+        self._run: Any = None
+
+    def log_epoch(self, metrics: dict[str, float]) -> None:
+        """Logs the metrics at their epoch; the first call starts or resumes the run, so that other ranks start none."""
+        if self._run is None:
+            self._run = self._start()
+        self._run.log({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+
+    def _start(self) -> Any:
+        file = self.folder / "wandb" / "gkt_fast_run_id"
+        run_id = file.read_text() if file.exists() else None
+        run = self._wandb.init(dir=str(self.folder), id=run_id, resume="allow", **self._options)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run.id)
+        return run
+
+    def close(self) -> None:
+        """Ends the run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
 class Progress:

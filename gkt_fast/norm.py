@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .ops import ghost_batch_norm
+from .synchronized_norm import group_of, synchronized_batch_norm
 
 __all__ = [
     "OnStatistics",
@@ -22,7 +24,7 @@ __all__ = [
     "run_batch_norm_layer",
 ]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
 """Called with a BatchNorm layer, the mean (m, C) and the unbiased variance (m, C) of its m ghost batches."""
@@ -66,11 +68,11 @@ def run_batch_norm(
     """activation(layer(x) + residual) per ghost batch of the surrounding `ghost_batches`.
 
     Outside such a context the whole batch is one, and running statistics are updated by torch's own rule. A layer
-    in eval mode uses its running statistics.
+    in eval mode uses its running statistics. SyncBatchNorm joins each ghost batch with its parts on the other ranks.
 
     Args:
-        layer: BatchNorm1d, BatchNorm2d or BatchNorm3d, whose parameters, buffers and options are used; its hooks
-            are not called.
+        layer: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, whose parameters, buffers and options are used;
+            its hooks are not called.
         x: (m*B, C, *spatial).
         residual: added before the activation, of x's shape and dtype.
         activation: "relu" or "identity".
@@ -84,14 +86,20 @@ def run_batch_norm(
         running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
         return ghost_batch_norm(x, layer.weight, layer.bias, ghosts=1, **running, **options)[0]
     number = 1 if ghosts is None else ghosts.number
-    y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
-    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
-    if tracks and x.numel() and (ghosts is None or ghosts.on_statistics is not None):
+    group = group_of(layer) if layer.training else None
+    if group is not None:
+        y, mean, unbiased_var = synchronized_batch_norm(x, layer.weight, layer.bias, number, layer.eps, group)
+        y = y if residual is None else y + residual
+        y = relu(y) if activation == "relu" else y
+    else:
+        y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
         values = x.numel() // (number * x.shape[1])
-        unbiased_var = var * (values / (values - 1))
+        unbiased_var = var * (values / max(values - 1, 1))
+    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
+    if tracks and x.numel():
         if ghosts is None:
             _update_running_statistics(layer, mean[0], unbiased_var[0])
-        else:
+        elif ghosts.on_statistics is not None:
             ghosts.on_statistics(layer, mean, unbiased_var)
     return y
 

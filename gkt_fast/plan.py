@@ -23,6 +23,9 @@ class Layer:
         flops: floating point operations of one sample's forward pass.
         saved_bytes: activations that autograd keeps of it for the backward pass, for one sample.
         draws_noise: whether every stream runs it by itself, with random numbers of its own.
+        reads_back: an activation, in words, that it reads although a block lies between (or it is a block), beside the
+            output of the layer before it; so too the model's own code right before it, or after the last layer.
+        reads_back_gradient: whether gradients flow back there.
     """
 
     path: str
@@ -30,6 +33,8 @@ class Layer:
     flops: int
     saved_bytes: int = 0
     draws_noise: bool = False
+    reads_back: str | None = None
+    reads_back_gradient: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,11 @@ class Subnet:
         """The first `depths[i]` blocks of stage i.
 
         Raises:
+            TypeError: depths is not a sequence of integers.
             ValueError: the depths don't fit the stages, or drop a block that can't be dropped.
         """
+        if not isinstance(depths, Sequence) or not all(isinstance(depth, int) for depth in depths):
+            raise TypeError(f"depths is {depths!r}; it must be a sequence of integers, one for each stage")
         depths = tuple(depths)
         if len(depths) != len(stages):
             raise ValueError(f"depths is {depths}; it must have one entry for each of {len(stages)} stages")

@@ -1,50 +1,48 @@
-"""`GKTTrainer`: one short training loop with progress, metrics, checkpoints and exact resume."""
+"""`GKTTrainer`: training steps, evaluation, and the state of both; the loop over epochs is in `fitting`."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checkpoint import (
-    CheckpointError,
-    check_model_state,
-    get_random_state,
-    load_checkpoint,
-    save_checkpoint,
-    set_random_state,
-)
+from . import compilation
+from .batches import EpochBatches
+from .callbacks import Callback
+from .checkpoint import check_model_state, check_training_state, load_checkpoint
 from .config import GKTConfig
+from .distributed import parallelize
 from .evaluation import Evaluation, evaluate
+from .fitting import Fitting
 from .gkt import GKT, GKTOutput
-from .loggers import CsvLogger, Logger, Progress
+from .loggers import Logger
 from .metrics import EpochMetrics
+from .optimization import Optimization
 from .subnet import Subnet
 from .survival import survival_scaling
+from .weight_average import WeightAverage
 
-__all__ = ["GKTTrainer", "NonFiniteLossError"]
+__all__ = ["GKTTrainer"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite. The checkpoints on disk are from before."""
-
-
 class GKTTrainer:
     """Trains a model by Group Knowledge based Training.
+
+    Where a process group of several processes exists (torchrun), every rank makes its own trainer of the same model
+    and calls the same methods: the step runs in DistributedDataParallel, metrics and evaluations are over all ranks,
+    and rank 0 alone prints and writes.
 
     Args:
         model: the network; moved to `device`.
@@ -55,7 +53,18 @@ class GKTTrainer:
         device: where to train; None: where the model is.
         amp: None for full precision, "bf16", or "fp16" (with dynamic loss scaling).
         channels_last: whether to use the channels_last memory format (faster convolutions).
+        accumulate: batches whose gradients are averaged into one optimizer step, with the same subnets (see
+            `Optimization`).
+        clip_grad_norm: largest norm of all gradients together; None: no limit.
+        ema_decay: decay of an exponential moving average of the weights (`ema_model`); None: no average.
+        kd_schedule: factor on the configuration's `kd_weight` as a function of the step, counted from 0; for example
+            `LinearWarmup`. None: 1.
+        skip_nonfinite: whether a step with a NaN or infinite loss or gradient is taken back, counted and logged
+            (`StepGuard`, which keeps a copy of what a step changes). False: `fit` stops.
+        compile_blocks: whether every residual block is compiled by torch.compile.
+        deterministic: whether torch is told to use deterministic algorithms only, for the whole process.
         stages: see `GKT`.
+        ddp_options: further arguments of DistributedDataParallel.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or doesn't fit; the message names it.
@@ -72,7 +81,15 @@ class GKTTrainer:
         device: torch.device | str | None = None,
         amp: str | None = None,
         channels_last: bool = False,
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        kd_schedule: Callable[[int], float] | None = None,
+        skip_nonfinite: bool = False,
+        compile_blocks: bool = False,
+        deterministic: bool = False,
         stages: Sequence[str | Sequence[str]] | None = None,
+        ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {scheduler_interval!r}; it must be 'epoch' or 'step'")
@@ -80,6 +97,10 @@ class GKTTrainer:
             raise ValueError(f"amp is {amp!r}; it must be None, {' or '.join(map(repr, AMP_DTYPES))}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        if kd_schedule is not None and not callable(kd_schedule):
+            raise TypeError(f"kd_schedule is {kd_schedule!r}; it must be a function of the step, or None")
+        if deterministic:
+            _use_deterministic_algorithms()
         if device is None:
             device = next((parameter.device for parameter in model.parameters()), "cpu")
         self.device = torch.device(device)
@@ -87,19 +108,29 @@ class GKTTrainer:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.gkt = GKT(model, config, stages)
+        self.optimization = Optimization(
+            model,
+            optimizer,
+            self.device,
+            loss_scaling=amp == "fp16",
+            accumulate=accumulate,
+            clip_grad_norm=clip_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )
+        self._average = None if ema_decay is None else WeightAverage(model, ema_decay)
+        if compile_blocks:
+            compilation.compile_blocks(model, self.gkt.stages)
+        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.amp = amp
         self.channels_last = channels_last
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.epoch = 0
+        self.kd_schedule = kd_schedule
+        self.skip_nonfinite = skip_nonfinite
         self.best_accuracy = -math.inf
-        self._batches_done = 0
-        self._epoch_random_state: dict[str, Any] | None = None
-        self._loader_generator: torch.Generator | None = None
-        self._metrics = EpochMetrics(self.config, self.device)
-        self._interrupted = False
+        self.batches = EpochBatches()
+        self.metrics = EpochMetrics(self.config, self.device, skip_nonfinite)
 
     @property
     def model(self) -> nn.Module:
@@ -107,32 +138,72 @@ class GKTTrainer:
         return self.gkt.model
 
     @property
+    def ema_model(self) -> nn.Module | None:
+        """The network with averaged weights; None without `ema_decay`."""
+        return None if self._average is None else self._average.model
+
+    @property
     def config(self) -> GKTConfig:
         """The hyper-parameters."""
         return self.gkt.config
 
-    def step(self, images: Tensor, targets: Tensor) -> GKTOutput:
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.batches.epoch
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where amp is "fp16"; does nothing otherwise."""
+        return self.optimization.scaler
+
+    def step(self, images: Tensor, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
         """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
+
+        With `accumulate`, the optimizer's step comes with every so many calls; their subnets are the same.
 
         Args:
             images: (B, ...), moved to the trainer's device.
             targets: class indices (B, *spatial) or probabilities (B, C, *spatial).
+            update: whether the optimizer steps now; None: with every `accumulate`-th call. Under
+                DistributedDataParallel, False leaves the gradients of this call to be synchronised by a later one.
 
         Returns:
             The same fields as `GKT`'s, detached and still on the device: reading them is what synchronises.
         """
         self.gkt.train()
         images, targets = self._to_device(images), targets.to(self.device, non_blocking=True)
-        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.amp == "fp16" else None
-        with self._autocast():
-            output = self.gkt(images, targets, loss_scale=scale)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        optimization = self.optimization
+        step = self.gkt.next_step - (1 if optimization.batches else 0)
+        factor = None if self.kd_schedule is None else self.kd_schedule(step)
+        optimization.begin_batch()
+        with self._synchronized_unless(update is False):
+            with self._autocast():
+                output = self._parallel_gkt(
+                    images,
+                    targets,
+                    step=step,
+                    loss_scale=optimization.loss_scale(),
+                    kd_weight=None if factor is None else factor * self.config.kd_weight,
+                )
+            last = optimization.is_last() if update is None else update
+            optimization.backward(output.loss, len(images))
+        if last:
+            self.finish_step()
+        return replace(output, loss=output.loss.detach())
+
+    def finish_step(self) -> None:
+        """The optimizer's step with the gradients at hand, and what follows it; for `step` calls with update=False."""
+        self.optimization.step()
+        if self._average is not None:
+            self._average.update()
         if self.scheduler is not None and self.scheduler_interval == "step":
             self.scheduler.step()
-        return replace(output, loss=output.loss.detach())
+
+    def _synchronized_unless(self, later: bool) -> AbstractContextManager:
+        if later and isinstance(self._parallel_gkt, DistributedDataParallel):
+            return self._parallel_gkt.no_sync()
+        return nullcontext()
 
     def evaluate(
         self,
@@ -141,16 +212,24 @@ class GKTTrainer:
         *,
         calibration_loader: Iterable[Any] | None = None,
         calibration_samples: int = 2000,
+        ema: bool = False,
     ) -> Evaluation:
         """Accuracy of the full network, or of a subnet (see `gkt_fast.evaluation.evaluate`).
 
         A full network trained by stochastic depth runs with `survival_scaling`; a subnet is what such training runs.
+        With `ema`, the averaged weights are evaluated.
+
+        Raises:
+            ValueError: as `evaluate`; or there are no averaged weights.
         """
+        model = self.ema_model if ema else self.model
+        if model is None:
+            raise ValueError("ema is True, but the trainer was made without ema_decay")
         scaled = depths is None and not self.config.train_full and self.config.sampler == "stochastic_depth"
-        scaling = survival_scaling(self.model, self.config.drop_rate, self.gkt.stages)
+        scaling = survival_scaling(model, self.config.drop_rate, self.gkt.stages)
         with scaling if scaled else nullcontext():
             return evaluate(
-                self.model,
+                model,
                 self._on_device(loader),
                 depths,
                 stages=self.gkt.stages,
@@ -168,215 +247,116 @@ class GKTTrainer:
         *,
         epochs: int,
         val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+        val_depths: Sequence[Subnet | Sequence[int]] = (),
+        calibration_loader: Iterable[Any] | None = None,
         output_dir: str | Path | None = None,
         resume: bool | str | Path = True,
         log_interval: int = 50,
         loggers: Sequence[Logger] = (),
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> list[dict[str, float]]:
         """Trains up to a number of epochs.
 
-        With `output_dir`, every epoch writes `last.pt`, `best.pt` (best validation accuracy) and a row of
-        `summary.csv`; `config.yaml` holds the hyper-parameters. Ctrl-C finishes the step, writes `last.pt` and raises
-        KeyboardInterrupt; training goes on from there exactly as if it had not been interrupted.
+        With `output_dir`, every epoch writes `last.pt`, `best.pt` (best validation accuracy, of the averaged weights
+        where there are any) and a row of `summary.csv`; `config.yaml` holds the hyper-parameters. Ctrl-C finishes the
+        step, writes `last.pt` and raises KeyboardInterrupt; training goes on from there exactly as if it had not been
+        interrupted.
 
         Args:
             train_loader: (images, targets) batches; a `DistributedSampler` gets its epoch set.
             epochs: epochs in all, those of an earlier run that is resumed included.
-            val_loader: (images, class indices) batches, evaluated after every epoch.
+            val_loader: (images, class indices) batches, evaluated after every epoch; each rank's own share.
+            val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
+                estimated on the calibration_loader; `val_accuracy_D-D-D` in the metrics.
+            calibration_loader: training images as they are without mixup and the like; None: the train_loader.
             output_dir: folder of the run; None: nothing is written.
             resume: True: go on from `last.pt` in `output_dir` if there is one. A path: go on from that checkpoint.
                 False: start anew.
             log_interval: steps between two readings of the metrics from the device.
             loggers: further receivers of the epochs' metrics.
+            callbacks: called as the run goes (see `Callback`).
             progress: whether to print progress.
 
         Returns:
             One dict of metrics per epoch of this call, as written to `summary.csv`.
 
         Raises:
-            ValueError: epochs or log_interval is out of range, or the train_loader is empty.
-            CheckpointError: the checkpoint to resume from can't be used.
-            NonFiniteLossError: the loss is NaN or infinite; names the step.
+            ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
+            CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
+            DataLoadingError: a worker process of a loader died.
+            NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
         """
-        if epochs < 0:
-            raise ValueError(f"epochs is {epochs}; it must be at least 0")
-        if log_interval < 1:
-            raise ValueError(f"log_interval is {log_interval}; it must be at least 1")
-        folder = None if output_dir is None else Path(output_dir)
-        self._loader_generator = getattr(train_loader, "generator", None)
-        self._prepare(folder, resume)
-        steps = len(train_loader) if hasattr(train_loader, "__len__") else None  # type: ignore[arg-type]
-        bar = Progress(steps, epochs, log_interval, progress)
-        receivers = [*loggers, *([CsvLogger(folder / "summary.csv", self.epoch)] if folder else [])]
-        history = []
-        try:
-            with self._deferred_interrupt():
-                while self.epoch < epochs:
-                    metrics = self._train_epoch(train_loader, bar, log_interval, folder)
-                    if val_loader is not None:
-                        evaluation = self.evaluate(val_loader)
-                        metrics |= {"val_accuracy": evaluation.accuracy, "val_loss": evaluation.loss}
-                    self._end_epoch(metrics, folder)
-                    bar.end_epoch(metrics)
-                    for receiver in receivers:
-                        receiver.log_epoch(metrics)
-                    history.append(metrics)
-        finally:
-            bar.close()
-            for receiver in receivers:
-                receiver.close()
-        return history
-
-    def _train_epoch(
-        self, loader: Iterable[tuple[Tensor, Tensor]], bar: Progress, log_interval: int, folder: Path | None
-    ) -> dict[str, float]:
-        batches = self._batches(loader)
-        metrics = self._metrics
-        started, first = time.perf_counter(), self._batches_done
-        samples = 0
-        bar.begin_epoch(self.epoch, first)
-        for images, targets in batches:
-            step = self.gkt.next_step
-            metrics.update(self.step(images, targets), step)
-            samples += len(images)
-            self._batches_done += 1
-            read = self._batches_done % log_interval == 0
-            if read:
-                self._check_finite(metrics)
-            bar.update(self._batches_done, metrics.means().items() if read else None)
-            if self._interrupted:
-                self._check_finite(metrics)
-                self._save(folder)
-                raise KeyboardInterrupt
-        if self._batches_done == 0:
-            raise ValueError("train_loader gave no batch")
-        self._check_finite(metrics)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        seconds = time.perf_counter() - started
-        return {
-            "epoch": self.epoch,
-            "step": self.gkt.next_step,
-            **metrics.means(),
-            "lr": learning_rate,
-            "seconds": seconds,
-            "images_per_second": samples / seconds,
-        }
-
-    def _batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch's batches: all of them, or after a resume those that were not trained on yet."""
-        sampler = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)
-        if self._batches_done == 0:
-            self._epoch_random_state = self._random_state()
-            return iter(loader)
-        now = self._random_state()
-        self._set_random_state(self._epoch_random_state)
-        batches = iter(loader)
-        for _ in range(self._batches_done):
-            next(batches)
-        self._set_random_state(now)
-        return batches
-
-    def _random_state(self) -> dict[str, Any]:
-        generator = self._loader_generator
-        return {**get_random_state(), "loader": None if generator is None else generator.get_state()}
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        set_random_state(state)
-        if self._loader_generator is not None and state["loader"] is not None:
-            self._loader_generator.set_state(state["loader"])
-
-    def _end_epoch(self, metrics: dict[str, float], folder: Path | None) -> None:
-        if self.scheduler is not None and self.scheduler_interval == "epoch":
-            self.scheduler.step()
-        self.epoch += 1
-        self._batches_done = 0
-        self._metrics = EpochMetrics(self.config, self.device)
-        best = metrics.get("val_accuracy", -math.inf) > self.best_accuracy
-        self.best_accuracy = max(self.best_accuracy, metrics.get("val_accuracy", -math.inf))
-        self._save(folder, best)
-
-    def _check_finite(self, metrics: EpochMetrics) -> None:
-        step = metrics.first_non_finite_step()
-        if step is not None:
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {step} (epoch {self.epoch + 1}); "
-                "checkpoints written before are untouched"
-            )
+        return Fitting(
+            self,
+            train_loader,
+            epochs=epochs,
+            val_loader=val_loader,
+            val_depths=val_depths,
+            calibration_loader=train_loader if calibration_loader is None else calibration_loader,
+            output_dir=output_dir,
+            resume=resume,
+            log_interval=log_interval,
+            loggers=loggers,
+            callbacks=callbacks,
+            progress=progress,
+        ).run()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on exactly: tensors and plain Python values."""
+        """Everything that training needs to go on exactly: tensors and plain Python values. Every rank must ask.
+
+        Raises:
+            RuntimeError: gradients of some batches wait for the others of their step (`accumulate`).
+        """
+        if self.optimization.batches:
+            raise RuntimeError(
+                f"{self.optimization.batches} of {self.optimization.accumulate} batches of a step are done; "
+                "the state can be taken between steps"
+            )
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "ema": None if self._average is None else self._average.state_dict(),
             "gkt": self.gkt.get_extra_state(),
             "config": self.config.to_dict(),
-            "epoch": self.epoch,
-            "batches_done": self._batches_done,
             "best_accuracy": self.best_accuracy,
-            "metrics": self._metrics.state_dict(),
-            "random_state": self._random_state(),
-            "epoch_random_state": self._epoch_random_state,
+            "skipped_steps": self.optimization.skipped,
+            "metrics": self.metrics.state_dict(),
+            **self.batches.state_dict(),
         }
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Restores a checkpoint written by `fit`.
+        """Restores a checkpoint written by `fit`, also with another number of ranks than it was written with.
 
         Raises:
-            CheckpointError: it can't be read, or is of another model, optimizer, schedule or number of groups;
-                nothing was changed.
+            CheckpointError: it can't be read, or is of another model, optimizer, schedule or number of groups, or
+                lacks averaged weights or has them; nothing was changed.
         """
         state = load_checkpoint(path)
         check_model_state(self.model, state["model"], path)
-        groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-        own_groups = [len(group["params"]) for group in self.optimizer.param_groups]
-        if groups != own_groups:
-            raise CheckpointError(
-                f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
-            )
-        if (state["scheduler"] is None) != (self.scheduler is None):
-            raise CheckpointError(
-                f"{path} was written {'without' if state['scheduler'] is None else 'with'} a scheduler; "
-                f"this trainer has {'none' if self.scheduler is None else 'one'}"
-            )
-        for name in ("groups", "train_full"):
-            written = state["config"].get(name, getattr(GKTConfig, name))
-            if written != getattr(self.config, name):
-                raise CheckpointError(
-                    f"{path} was written with {name}={written}, not {getattr(self.config, name)}"
-                )
+        check_training_state(
+            state,
+            path,
+            optimizer=self.optimizer,
+            config=self.config,
+            scheduler=self.scheduler is not None,
+            ema=self._average is not None,
+        )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self._average is not None:
+            self._average.load_state_dict(state["ema"])
         self.gkt.set_extra_state(state["gkt"])
-        self.epoch = state["epoch"]
         self.best_accuracy = state["best_accuracy"]
-        self._batches_done = state["batches_done"]
-        self._epoch_random_state = state["epoch_random_state"]
-        self._metrics.load_state_dict(state["metrics"])
-        self._set_random_state(state["random_state"])
-
-    def _prepare(self, folder: Path | None, resume: bool | str | Path) -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(resume, (str, Path)):
-            self.load_checkpoint(resume)
-        elif resume and folder is not None and (folder / "last.pt").exists():
-            self.load_checkpoint(folder / "last.pt")
-        if folder is not None:
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-
-    def _save(self, folder: Path | None, best: bool = False) -> None:
-        if folder is not None:
-            save_checkpoint(
-                folder / "last.pt", self.state_dict(), copy_to=folder / "best.pt" if best else None
-            )
+        self.optimization.skipped.copy_(state["skipped_steps"])
+        self.optimization.batches = 0  # gradients at hand are of a step that was broken off
+        self.metrics.load_state_dict(state["metrics"])
+        self.batches.load_state_dict(state)
 
     def _autocast(self) -> AbstractContextManager:
         if self.amp is None:
@@ -396,24 +376,8 @@ class GKTTrainer:
             else:
                 yield self._to_device(batch)
 
-    @contextmanager
-    def _deferred_interrupt(self) -> Iterator[None]:
-        """Ctrl-C lets the step finish; a second one interrupts at once."""
-        self._interrupted = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.getsignal(signal.SIGINT)
 
-        def interrupt(signum: int, frame: Any) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self._interrupted:
-            raise KeyboardInterrupt
+def _use_deterministic_algorithms() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

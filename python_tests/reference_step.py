@@ -157,7 +157,9 @@ def assert_modes_agree(
 def reference_loss(
     logits: Sequence[Tensor], targets: Tensor, config: GKTConfig, eps: float = 1e-7
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the terms of the streams' logits, each (B, C)."""
+    """The loss and the terms of the streams' logits, each (B, C, *spatial)."""
+    logits = [_rows(z) for z in logits]
+    targets = _rows(targets) if targets.is_floating_point() else targets.flatten()
 
     def normalized(z: Tensor) -> Tensor:
         if not config.normalize_logits:
@@ -185,6 +187,11 @@ def reference_loss(
         if config.subnet_ce_weight:
             loss = loss + config.subnet_ce_weight * reference_cross_entropy(z, targets, config)
     return loss, torch.stack(terms)
+
+
+def _rows(z: Tensor) -> Tensor:
+    """(rows, C): every position of a dense prediction is a row."""
+    return z.movedim(1, -1).flatten(0, -2)
 
 
 def reference_cross_entropy(z: Tensor, targets: Tensor, config: GKTConfig) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 import yaml
 from PIL import Image
 
-from gkt_fast import METHODS, GKTConfig, __version__, method_config
+from gkt_fast import METHODS, GKTConfig, GKTTrainer, __version__, method_config
 from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main
 from gkt_fast.ops import BackendError, build_info, explain, registry
 
-TINY = ["train", "--model", "cifar_resnet8", "--train-images", "40", "-b", "20", "--epochs", "1"]
+TINY = ["train", "--model", "cifar_resnet14", "--train-images", "40", "-b", "20", "--epochs", "1"]
 
 
 @pytest.fixture
@@ -100,7 +100,13 @@ def test_train_learns_writes_its_files_and_evaluates_subnets(run, tmp_path):
     )
     assert (code, err) == (0, "")
     folder = tmp_path / "digits"
-    assert {path.name for path in folder.iterdir()} == {"last.pt", "best.pt", "summary.csv", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == {
+        "last.pt",
+        "best.pt",
+        "summary.csv",
+        "config.yaml",
+        "args.yaml",
+    }
     rates = [float(row["lr"]) for row in summary(folder)]
     assert rates[0] < rates[1]
     assert rates[1] == 0.05
@@ -146,13 +152,84 @@ def test_resume_from_a_named_checkpoint_or_not_at_all(run, tmp_path):
 def test_one_command_trains_by_any_method(run, tmp_path, method):
     code, _, err = run(*TINY, "--method", method, "--kd-weight", 0.5, "--output", tmp_path)
     assert (code, err) == (0, "")
-    folder = tmp_path / f"cifar_resnet8-{method}"
+    folder = tmp_path / f"cifar_resnet14-{method}"
     assert GKTConfig.from_yaml(folder / "config.yaml") == method_config(method, 8, kd_weight=0.5)
     assert len(summary(folder)) == 1
 
 
+RECIPE = [
+    *("--accumulate", 2, "--clip-grad-norm", 1.0, "--ema-decay", 0.9, "--mixup", 0.2, "--cutmix", 1.0),
+    *("--label-smoothing", 0.1, "--kd-warmup-epochs", 1, "--skip-nonfinite", "--channels-last", "--amp"),
+    *(
+        "--track-depths",
+        "0-1-1",
+        "1-1-1",
+        "--evaluate-depths",
+        "1-1-1",
+        "--warmup-epochs",
+        1,
+        "--min-depth",
+        0,
+    ),
+]
+
+
+def test_a_whole_recipe_trains_and_its_arguments_give_the_same_run(run, tmp_path):
+    """`args.yaml` goes into a second run; the numbers of both agree to the last bit."""
+    first = [*TINY, *RECIPE, "--epochs", 2, "--output", tmp_path]
+    code, out, err = run(*first, "--experiment", "first")
+    assert (code, err) == (0, "")
+    assert "Test of averaged weights: accuracy" in out
+    rows = summary(tmp_path / "first")
+    assert {"val_accuracy", "val_accuracy_ema", "val_accuracy_0-1-1", "skipped_steps"} <= rows[0].keys()
+    arguments = yaml.safe_load((tmp_path / "first" / "args.yaml").read_text())
+    assert arguments["mixup"] == 0.2
+    assert arguments["track_depths"] == [[0, 1, 1], [1, 1, 1]]
+    assert arguments["decay"] == 0.5  # no flag was given
+    assert not {"command", "config", "run"} & arguments.keys()
+    assert run("train", "-c", tmp_path / "first" / "args.yaml", "--experiment", "second")[0] == 0
+    again = yaml.safe_load((tmp_path / "second" / "args.yaml").read_text())
+    assert again == arguments | {"experiment": "second"}
+    times = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in times} for row in summary(tmp_path / "second")] == [
+        {k: v for k, v in row.items() if k not in times} for row in rows
+    ]
+
+
+def test_the_arguments_of_every_method_give_the_same_configuration(run, tmp_path):
+    for method in METHODS:
+        flags = [*TINY, "--epochs", 0, "--method", method, "--output", tmp_path]
+        assert run(*flags)[0] == 0
+        written = tmp_path / f"cifar_resnet14-{method}"
+        assert run("train", "-c", written / "args.yaml", "--experiment", "again")[0] == 0
+        assert (tmp_path / "again" / "config.yaml").read_text() == (written / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mixed_images_resume_exactly(run, tmp_path, workers):
+    flags = [*TINY, "--mixup", 0.5, "-j", workers, "--sched", "none", "--experiment", "x", "--output"]
+    for epochs in (1, 2):
+        assert run(*flags, tmp_path / "parts", "--epochs", epochs)[0] == 0
+    assert run(*flags, tmp_path / "whole", "--epochs", 2)[0] == 0
+    parts, whole = (load_checkpoint(tmp_path / name / "x" / "last.pt") for name in ("parts", "whole"))
+    assert all(torch.equal(value, whole["model"][key]) for key, value in parts["model"].items())
+
+
+def test_deterministic_and_compiled_blocks_reach_the_trainer(run, monkeypatch):
+    seen = {}
+
+    class Trainer(GKTTrainer):
+        def __init__(self, *args, compile_blocks, deterministic, **options):
+            seen.update(compile_blocks=compile_blocks, deterministic=deterministic)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("gkt_fast.cli.train.GKTTrainer", Trainer)
+    assert run(*TINY, "--epochs", 0, "--compile-blocks", "--deterministic")[0] == 0
+    assert seen == {"compile_blocks": True, "deterministic": True}
+
+
 def test_configuration_file_with_the_names_of_flags(run, tmp_path):
-    values = {"model": "cifar_resnet8", "train_images": 40, "batch_size": 20, "epochs": 7, "lr": "1e-2",
+    values = {"model": "cifar_resnet14", "train_images": 40, "batch_size": 20, "epochs": 7, "lr": "1e-2",
               "sched": "none", "channels_last": True, "groups": 2, "min_depth": [0, 1, 1], "experiment": "x",
               "evaluate_depths": [[0, 1, 1], "1-1-1"], "resume": "", "device": None}  # fmt: skip
     path = tmp_path / "train.yaml"
@@ -206,7 +283,7 @@ def test_every_hyper_parameter_has_a_flag(run, tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    "model, size", [("cifar_resnet8", 16), ("resnet18", 72), ("timm:resnet18", 32)], ids=str
+    "model, size", [("cifar_resnet14", 16), ("resnet18", 72), ("timm:resnet18", 32)], ids=str
 )
 def test_image_folder(run, tmp_path, model, size):
     if model.startswith("timm:"):
@@ -230,7 +307,7 @@ def test_cifar10(run, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
     code, out, err = run(
-        "train", "--data", f"cifar10:{tmp_path}", "--model", "cifar_resnet8", "-b", 10, "--epochs", 1
+        "train", "--data", f"cifar10:{tmp_path}", "--model", "cifar_resnet14", "-b", 10, "--epochs", 1
     )
     assert (code, err) == (0, "")
     assert "(4 images)" in out
@@ -275,14 +352,18 @@ def test_data_that_is_not_what_it_must_be(run, tmp_path):
         (["--log-interval", "0"], "argument --log-interval: '0' must be an integer of at least 1"),
         (["--evaluate-depths", "1-x"], "argument --evaluate-depths: '1-x' must be numbers joined by '-'"),
         (
-            ["--evaluate-depths", "2-1-1"],
-            "evaluate_depths: depths is (2, 1, 1); its entry 0 must be between 0",
+            ["--evaluate-depths", "3-1-1"],
+            "evaluate_depths: depths is (3, 1, 1); its entry 0 must be between 0",
         ),
         (["--resume", "gone.pt"], "there is no checkpoint at gone.pt"),
         (["--output", "/dev/null/runs"], "/dev/null/runs"),
         (["--min-depth", "1-1"], "min_depth is (1, 1); it must have one entry for each of 3 stages"),
         (["--subnets", "1-1-1"], "the sampler 'fixed' needs subnets, and no other takes them"),
         (["--sampler", "all"], "argument --sampler: invalid choice: 'all'"),
+        (["--accumulate", "0"], "argument --accumulate: '0' must be an integer of at least 1"),
+        (["--clip-grad-norm", "0"], "clip_grad_norm is 0.0; it must be a positive number or None"),
+        (["--ema-decay", "2"], "ema_decay is 2.0; it must be in [0, 1]"),
+        (["--mixup", "-1"], "argument --mixup: '-1' must be a number of at least 0"),
         (["--method", "sgd"], "argument --method: invalid choice: 'sgd'"),
         (["--subnet-resolution", "8-"], "argument --subnet-resolution: '8-' must be a number of pixels"),
         (["--subnet-resolution", "8-6"], "subnet_resolution is (8, 6); its lowest must be at most"),
@@ -377,5 +458,5 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_a_second_run_goes_on(run, tmp_pat
     assert run(*flags, "--epochs", epochs)[0] == 0
     finished = load_checkpoint(tmp_path / "x" / "last.pt")
     assert finished["epoch"] == epochs
-    assert finished["gkt"]["next_step"] == 2 * epochs
+    assert finished["gkt"][0] == 2 * epochs
     assert [row["epoch"] for row in summary(tmp_path / "x")] == [str(epoch) for epoch in range(epochs)]

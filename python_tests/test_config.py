@@ -14,7 +14,7 @@ NUMBERS = (
     "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
     "label_smoothing",
 )  # fmt: skip
-BOOLEANS = ("normalize_logits", "train_full", "distill_ignored", "independent_noise", "fuse_blocks")
+BOOLEANS = ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise")
 
 WRONG_VALUES = [
     ("groups", -1, "at least 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from gkt_fast.config import EXECUTIONS
@@ -82,8 +84,44 @@ def test_demo_needs_a_batch_of_images(tmp_path):
 def test_minimal_example(tmp_path):
     output = run("examples/minimal.py", folder=tmp_path)
     assert re.search(r"^Epoch 2/2: .*val_accuracy", output, re.MULTILINE)
-    assert re.search(r"^Evaluation\(accuracy=\d\.\d+, loss=\d+\.\d+, samples=64\)$", output, re.MULTILINE)
+    assert re.search(
+        r"^Evaluation\(accuracy=\d\.\d+, loss=\d+\.\d+, samples=64, mean_iou=None\)$", output, re.MULTILINE
+    )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_segmentation(tmp_path):
+    """Plain training and GKT; the picture has a row for each of four images and a column for each network."""
+    flags = ["--train-images", 40, "--test-images", 12, "--epochs", 3, "--image-size", 24]
+    output = run("examples/segmentation.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
+    table = re.findall(r"^(\d-\d-\d) +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
+    assert [row[0] for row in table] == ["3-3-3", "2-2-2", "1-1-1"]
+    assert all(0 < float(cell) <= 100 for row in table for cell in row[1:])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["segmentation.png"]
+    with Image.open(tmp_path / "out" / "segmentation.png") as image:
+        assert image.size == (780, 560)
+
+
+def test_shapes_of_the_segmentation_example():
+    """Each class takes part, outlines are ignored, and the same seed gives the same images."""
+    path = ROOT / "examples" / "segmentation.py"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("segmentation", path))
+    module.__spec__.loader.exec_module(module)
+    images, targets = module.make_shapes(20, 32, seed=3).tensors
+    assert images.shape == (20, 3, 32, 32) and targets.shape == (20, 32, 32)
+    assert set(targets.unique().tolist()) == {0, 1, 2, 3, module.IGNORED}
+    again = module.make_shapes(20, 32, seed=3).tensors
+    assert torch.equal(images, again[0]) and torch.equal(targets, again[1])
+    assert not torch.equal(images, module.make_shapes(20, 32, seed=4).tensors[0])
+    x, y = torch.tensor([0.0, 3.0, 0.0]), torch.tensor([0.0, 0.0, 5.0])
+    assert module.inside("circle", x, y, 4.0, 0.0).tolist() == [4.0, 1.0, -1.0]
+    square = module.inside("square", x, y, 4.0, 0.0)
+    torch.testing.assert_close(square, torch.tensor([3.6, 0.6, -1.4]))
+
+
+def test_segmentation_needs_a_batch_of_images(tmp_path):
+    error = run("examples/segmentation.py", "--train-images", 5, folder=tmp_path, code=2)
+    assert "--train-images is 5; it must be at least --batch-size (10)" in error
 
 
 MODES = [mode for mode in EXECUTIONS if mode != "auto"]

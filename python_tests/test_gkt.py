@@ -162,12 +162,16 @@ def test_step_counter(mode):
 
 def test_the_step_counter_is_saved_with_the_state():
     gkt = GKT(small())
+    fresh_state = gkt.get_extra_state()
     for _ in range(3):
         gkt(*batch())
     state = torch.load(_saved(gkt.state_dict()), weights_only=True)
     other = GKT(small())
     other.load_state_dict(state)
     assert other.next_step == 3
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert torch.equal(other.get_extra_state(), gkt.get_extra_state())
+    assert gkt.get_extra_state().shape == fresh_state.shape
     assert other(*batch()).subnets == gkt(*batch()).subnets
 
 

@@ -188,7 +188,8 @@ def test_random_problems(backend, data):
         loops=loops,
         ema=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         temperature=data.draw(st.floats(0.1, 10)),
-        normalize_logits=shape[2] > 1 and data.draw(st.booleans()),
+        # Two normalised logits are -1 and 1 whatever they were: their gradient is rounding and nothing else.
+        normalize_logits=shape[2] > 2 and data.draw(st.booleans()),
         label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
         subnet_ce_weight=data.draw(st.sampled_from([0.0, 0.5])) if assume_counted else 0.0,
         distill_ignored=data.draw(st.booleans()) or not assume_counted,
@@ -255,7 +256,7 @@ def test_grad_output(backend, grad_output):
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_loss_scale_reaches_low_precision(backend, dtype, loss_scale, retain_graph):
     """A mean over many rows has gradients that float16 can't hold before they are scaled."""
-    logits, targets = make((4, 600, 30), dtype)
+    logits, targets = make((4, 600, 32), dtype)
     leaf = logits.requires_grad_()
     loss, _ = group_knowledge_loss(leaf, targets)
     (loss * loss_scale).backward(retain_graph=retain_graph)

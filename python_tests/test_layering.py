@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXTERNAL = {
     "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
-    "tensorboard", "wandb", "PIL",
+    "onnxruntime", "tensorboard", "wandb", "PIL",
 }  # fmt: skip
 
 ALLOWED = {
@@ -28,20 +28,47 @@ ALLOWED = {
     "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
     "gkt_fast.losses": ["gkt_fast.ops*"],
-    "gkt_fast.norm": ["gkt_fast.ops*"],
+    "gkt_fast.synchronized_norm": [],
+    "gkt_fast.distributed": [],
+    "gkt_fast.norm": ["gkt_fast.ops*", "gkt_fast.synchronized_norm"],
     "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
     "gkt_fast.execution*": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm",
+        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm", "gkt_fast.distributed",
     ],
     "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
+    "gkt_fast.extraction": [
+        "gkt_fast.execution*", "gkt_fast.models*", "gkt_fast.subnet", "gkt_fast.fusion",
+    ],
+    "gkt_fast.export": ["gkt_fast.execution*", "gkt_fast.extraction", "gkt_fast.subnet", "gkt_fast.fusion"],
+    "gkt_fast.subnet_table": [
+        "gkt_fast.config", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.flops", "gkt_fast.extraction",
+        "gkt_fast.evaluation",
+    ],
     "gkt_fast.gkt": [
         "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
         "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
         "gkt_fast.compilation",
     ],
+    "gkt_fast.environment": ["gkt_fast.ops*"],
+    "gkt_fast.selfcheck*": [
+        "gkt_fast.selfcheck*", "gkt_fast.environment", "gkt_fast.gkt", "gkt_fast.execution*", "gkt_fast.config",
+        "gkt_fast.models*", "gkt_fast.ops*",
+    ],
     "gkt_fast.survival": [
         "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
+    ],
+    "gkt_fast.checkpoint": ["gkt_fast.config"],
+    "gkt_fast.schedules": [],
+    "gkt_fast.nonfinite": [],
+    "gkt_fast.weight_average": [],
+    "gkt_fast.callbacks": [],
+    "gkt_fast.interruption": ["gkt_fast.distributed"],
+    "gkt_fast.batches": ["gkt_fast.checkpoint", "gkt_fast.distributed"],
+    "gkt_fast.optimization": ["gkt_fast.nonfinite", "gkt_fast.distributed"],
+    "gkt_fast.fitting": [
+        "gkt_fast.batches", "gkt_fast.callbacks", "gkt_fast.checkpoint", "gkt_fast.distributed", "gkt_fast.subnet",
+        "gkt_fast.interruption", "gkt_fast.loggers", "gkt_fast.metrics", "gkt_fast.nonfinite",
     ],
     "gkt_fast.__init__": ["gkt_fast.*"],
     "gkt_fast.__main__": ["gkt_fast.cli*"],
@@ -58,7 +85,7 @@ TORCH_FREE = [
 ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""
-KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*"]
+KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*", "gkt_fast.environment"]
 
 
 def modules() -> dict[str, Path]:
@@ -78,10 +105,19 @@ def fits(name: str, patterns: list[str]) -> bool:
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """All modules that a file imports, wherever the statement stands; relative names made absolute."""
+    """All modules that a file imports, wherever the statement stands but for type checkers; names made absolute."""
     found = set()
     package = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

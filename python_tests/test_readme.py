@@ -25,20 +25,26 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = ("python", "py")
 SHELL = ("sh", "bash", "shell", "console")
-SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid")
+SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid", "diff")
 """Languages of blocks that are only there to be read."""
 
 SMALL = {
     "gkt_fast env": "",
+    "gkt_fast selfcheck": "--device cpu",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
+    "gkt_fast plot": "-o {tmp}/plot.png",
+    "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
     "bench/overhead.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/overhead.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
+    "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
     "examples/minimal.py": "",
+    "examples/segmentation.py": "--train-images 4 --test-images 4 --batch-size 4 --epochs 1 "
+    "--output {tmp}/segmentation",
 }
 """The flags that make a command small; the last of two equal flags counts."""
 
@@ -129,6 +135,10 @@ def arguments_of(command: Command) -> list[str] | None:
         words[:3] = ["pip"]
     if words[0] == "gkt-fast":
         words[:1] = ["python", "-m", "gkt_fast"]
+    launcher = []
+    if words[0] == "torchrun" and "-m" in words:
+        launcher = ["-m", "torch.distributed.run", "--standalone", *words[1 : words.index("-m")]]
+        words[: words.index("-m")] = ["python"]
     if words[0] in ("git", "cd", "source", ".") or words[:3] in (
         ["python", "-m", "venv"],
         ["python3", "-m", "venv"],
@@ -156,7 +166,7 @@ def arguments_of(command: Command) -> list[str] | None:
     if name not in SMALL:
         raise ValueError(f"{where}: SMALL in {Path(__file__).name} doesn't know how to run {name!r}")
     start = ["-m", *name.split()] if name.startswith("gkt_fast") else [str(ROOT / name)]
-    return [*start, *rest, *shlex.split(SMALL[name])]
+    return [*launcher, *start, *rest, *shlex.split(SMALL[name])]
 
 
 def readers_data(arguments: list[str], folder: Path) -> list[str]:
@@ -174,12 +184,33 @@ def readers_data(arguments: list[str], folder: Path) -> list[str]:
     return arguments
 
 
+def readers_runs(arguments: list[str], folder: Path) -> None:
+    """Makes the runs that a reader has trained before `plot` draws them."""
+    if arguments[:3] == ["-m", "gkt_fast", "plot"]:
+        for run in arguments[3 : arguments.index("-o")]:
+            (folder / run).mkdir(parents=True)
+            (folder / run / "summary.csv").write_text(
+                "epoch,train_loss,val_accuracy\n0,2.0,0.5\n1,1.0,0.75\n"
+            )
+
+
+def readers_checkpoint(arguments: list[str], folder: Path) -> None:
+    """Trains what the command's checkpoint is to be, in the folder that the command names."""
+    if arguments[:3] == ["-m", "gkt_fast", "subnets"]:
+        run = Path(arguments[3])
+        flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu"]
+        output = ["--output", str(run.parent), "--experiment", run.name]
+        subprocess.run([sys.executable, "-m", "gkt_fast", "train", *flags, *output], cwd=folder, check=True)
+
+
 def execute_command(command: Command, folder: Path) -> str:
     """Runs a command of the README, small; returns what it prints, "" where it is not for a test to run."""
     arguments = arguments_of(command)
     if arguments is None:
         return ""
     arguments = [argument.replace("{tmp}", str(folder)) for argument in readers_data(arguments, folder)]
+    readers_runs(arguments, folder)
+    readers_checkpoint(arguments, folder)
     environment = os.environ | dict(command.variables)
     result = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -200,9 +231,10 @@ def execute_block(block: Block) -> dict[str, object]:
 
 def broken_links(path: Path, text: str) -> list[str]:
     """Relative targets of links and images that don't exist, and anchors without a heading."""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ +(.*)", prose, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    prose = re.sub(r"`[^`\n]*`", "", prose)
     targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
     targets += re.findall(r"^\[[^\]]+\]: +(\S+)", prose, re.MULTILINE)
     broken = []

@@ -190,7 +190,7 @@ def test_checkpoint_with_another_optimizer_schedule_or_groups_is_refused(tmp_pat
     split = torch.optim.SGD([{"params": [p]} for p in model.parameters()], 0.05, momentum=0.9)
     with pytest.raises(CheckpointError, match="optimizer parameter groups of sizes"):
         GKTTrainer(model, split).load_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="was written with a scheduler; this trainer has none"):
+    with pytest.raises(CheckpointError, match="was written with a scheduler; this trainer is without"):
         GKTTrainer(model, trainer.optimizer).load_checkpoint(tmp_path / "last.pt")
     groups, _ = make(config=GKTConfig(groups=2))
     with pytest.raises(CheckpointError, match="was written with groups=3, not 2"):

@@ -8,22 +8,27 @@ from collections.abc import Sequence
 
 import yaml
 
+from ..batches import DataLoadingError
 from ..checkpoint import CheckpointError
+from ..export import ExportError
+from ..nonfinite import NonFiniteLossError
 from ..ops import BackendError
-from ..trainer import NonFiniteLossError
-from . import environment, train
-from .train import with_config_file
+from . import environment, plot, selfcheck, subnets, train
+from .config_file import with_config_file
 
 __all__ = ["main"]
 
 COMMANDS = {
     "env": (environment, "versions, devices, build flags and backends"),
+    "selfcheck": (selfcheck, "check every backend and mode against float64"),
     "train": (train, "train a network"),
+    "plot": (plot, "draw the curves of training runs"),
+    "subnets": (subnets, "evaluate the subnets of a trained network, and export the best"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done."""
+    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done; 1 for a failed self-check."""
     parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
@@ -31,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = parser.parse_args(with_config_file(arguments))
-        args.run(args)
+        code = args.run(args)
     except (
         BackendError,
         CheckpointError,
+        DataLoadingError,
+        ExportError,
         ImportError,
         NonFiniteLossError,
         OSError,
@@ -47,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gkt-fast: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0

@@ -9,8 +9,8 @@ ever earlier, so that at any time little more than one network's activations are
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ def run_lean(
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
     plan = make_plan(network.layers(), streams.dropped)
+    older = next((layer for layer in plan.layers if layer.reads_back_gradient), None)
+    if older is not None:
+        raise SharedStateError(
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='lean' has cut the graph between the two. Use execution='shared'"
+        )
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
@@ -56,7 +62,7 @@ def run_lean(
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
                     logits = logits_of(gradients.run(network.model, inputs))
                     states.end_stream()
-                with frozen_statistics(layers), _second_backward_explained():
+                with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))
                     states.finish_stream()
         finally:
@@ -64,20 +70,6 @@ def run_lean(
     for _, updates in sorted(zip(order, states.stream_statistics, strict=True), key=lambda pair: pair[0]):
         update_running_statistics(updates)
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
-
-
-@contextmanager
-def _second_backward_explained() -> Iterator[None]:
-    """A model that uses an activation beyond the next layer makes two streams' backward meet where none is cut."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise SharedStateError(
-            "the model keeps an activation from before some blocks and uses it after them (or runs blocks side by "
-            "side), so that execution='lean' can't cut the graph where streams part. Use execution='shared'"
-        ) from error
 
 
 class _CutStates(States):

@@ -12,8 +12,8 @@ not be tensors).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +28,10 @@ from ..plan import Layer, Plan, make_plan
 from .batch_norm import StreamStatistics, compiled_batch_norm
 from .block_order import BlockOrder
 from .interception import Site, find_layers, intercept
-from .noise import GeneratorWatch, UnexpectedNoiseError, silence
+from .noise import GeneratorWatch, silence
 from .partition import ghost, lead_and_kept
 from .states import SharedStateError, logits_of, run_watched
-from .step import Network, StepResult, Streams, loss_options, tensors_in
+from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
 
@@ -77,15 +77,19 @@ def run_stacked(
     if reason is not None:
         raise StackingError(f"execution='stacked' can't run this model: {reason}")
     plan = make_plan(network.layers(), streams.dropped)
+    older = next((layer for layer in plan.layers if layer.reads_back is not None), None)
+    if older is not None:
+        raise StackingError(
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='stacked' has other states stacked by then"
+        )
     statistics = StreamStatistics(streams.config.batch_norm)
-    batch_size = next((x.shape[0] for x in tensors_in(inputs) if x.dim()), 0)
-    stack = _Stack(plan, network, statistics, batch_size)
+    stack = _Stack(plan, network, statistics)
     _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
     norms = find_layers(network.model, is_batch_norm)
     first_step = not network.returns
     with (
         _RefuseDecisions() if first_step else nullcontext(),
-        _told_as_stacking_errors(),
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
     ):
@@ -95,17 +99,6 @@ def run_stacked(
     loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
     _watch_backward(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
-
-
-@contextmanager
-def _told_as_stacking_errors() -> Iterator[None]:
-    """A model may fail because it brings states together that are stacked differently; run one by one, it may not."""
-    try:
-        yield
-    except (SharedStateError, UnexpectedNoiseError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise StackingError(f"the model's forward fails where states are stacked: {error}") from error
 
 
 class _RefuseDecisions(TorchFunctionMode):
@@ -165,17 +158,14 @@ class _Stack:
         plan: the states of the step.
         network: the network.
         statistics: hears of the batch statistics of every BatchNorm call.
-        batch_size: B, the rows of the model's input.
     """
 
-    def __init__(self, plan: Plan, network: Network, statistics: StreamStatistics, batch_size: int) -> None:
+    def __init__(self, plan: Plan, network: Network, statistics: StreamStatistics) -> None:
         self.plan = plan
         self.network = network
         self.statistics = statistics
         self.position = 0
         self.stacked = [tuple(range(len(plan.paths)))]
-        self._batch_size = batch_size
-        self._sizes_before: set[int] = set()
         self.aside: dict[int, Tensor] = {}
         self.passed: Any = None
         self.order = BlockOrder(network.sites)
@@ -198,7 +188,6 @@ class _Stack:
                 f"the model computes something between two blocks, before {site.path!r}, outside any module; "
                 "execution='stacked' can't apply that to the states that it put aside"
             )
-        self._refuse_earlier_stack(site.path, tree_leaves((args, kwargs)))
         if site.is_block:
             return self._run_block(site, module, args, kwargs)
         output = self._run(site, module, args, kwargs)
@@ -214,11 +203,6 @@ class _Stack:
             )
         x = args[0]
         if x is not self.passed:
-            if self.stacked != sorted(self.stacked):
-                raise StackingError(
-                    f"the model computes something between two blocks, before {site.path!r}, or runs blocks side by "
-                    "side; execution='stacked' can't tell how the states are stacked there"
-                )
             x = self._arrange(x)
         y = self._run(site, module, (x, *args[1:]), kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != x.shape[0]:
@@ -230,18 +214,6 @@ class _Stack:
         self._advance()
         self.passed = y = self._arrange(y)
         return y
-
-    def _refuse_earlier_stack(self, where: str, values: Sequence[Any]) -> None:
-        """An activation that the model kept from before states parted has fewer ghost batches than there are states.
-
-        Outside a stage the states are stacked in the order of their streams: as many as now means the same ones.
-        """
-        rows = {size * self._batch_size for size in self._sizes_before - {len(self.stacked)}}
-        if any(isinstance(value, Tensor) and value.dim() and value.shape[0] in rows for value in values):
-            raise StackingError(
-                f"the model keeps an activation from before some blocks and uses it after them, at {where!r}; "
-                "execution='stacked' has more states there than before"
-            )
 
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         noisy = self.plan.layers[self.position].draws_noise
@@ -274,8 +246,8 @@ class _Stack:
     def _arrange(self, x: Tensor) -> Tensor:
         """Of the states in `x` and those put aside, stacks the ones that run the next layer and keeps the others.
 
-        Before a layer that is no block (or at the end) all are stacked, in the order of their streams: the model may
-        compute anything there. Streams that will draw noise of their own before the next block get a ghost batch each.
+        Before a layer that is no block (or at the end) all are stacked: the model may compute anything there. Streams
+        that will draw noise of their own before the next block get a ghost batch each.
         """
         segment = self._until_next_block()
         is_block = bool(segment) and segment[0].is_block
@@ -291,17 +263,11 @@ class _Stack:
         index = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
         stacked = [tuple(streams) for streams in run.values()]
         kept = {state: index[streams[0]] for state, streams in stay.items() if streams[0] in index}
-        places = [index.get(streams[0], -1) for streams in stacked]
-        if is_block and sorted(places) == list(range(len(stacked))):
+        if sorted(index.get(streams[0], -1) for streams in stacked) == list(range(len(stacked))):
             stacked.sort(key=lambda streams: index[streams[0]])
-            places.sort()
-        elif is_block:
-            stacked.sort(key=self._run_length, reverse=True)
-            places = []
-        self._sizes_before.add(len(self.stacked))
-        if places == list(range(len(stacked))):
             x, parts = lead_and_kept(x, rows, len(stacked), list(kept.values()))
         else:
+            stacked.sort(key=self._run_length, reverse=True)
             parts = [ghost(x, i, rows) for i in kept.values()]
             sources = [(streams[0], self._state_of[streams[0]]) for streams in stacked]
             x = torch.cat(
@@ -333,10 +299,10 @@ class _Stack:
 
     def per_stream(self, logits: Tensor) -> Tensor:
         """(S, B, ...) from the stacked logits of the final states."""
-        self._refuse_earlier_stack("the logits", [logits])
         ghosts = logits.reshape(len(self.stacked), -1, *logits.shape[1:])
         ghost_of = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
         index = [ghost_of[stream] for stream in range(len(ghost_of))]
         if index == list(range(len(self.stacked))):
             return ghosts
-        return ghosts[torch.tensor(index, device=logits.device)]
+        parts = ghosts.unbind()
+        return torch.stack([parts[i] for i in index])  # an index tensor would be copied from the host

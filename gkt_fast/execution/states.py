@@ -11,6 +11,8 @@ real call of every layer gets a copy and is watched: a layer that writes keeps g
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from .noise import GeneratorWatch, silence
 from .step import Network
 
 __all__ = ["SharedStateError", "States", "logits_of", "run_watched", "skip_block"]
+
+logger = logging.getLogger("gkt_fast")
 
 
 class SharedStateError(RuntimeError):
@@ -217,6 +221,9 @@ def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, `.logits`, or "logits" or "out" of a mapping.
 
+    The rest is left out, among it the output of an auxiliary head ("aux" of torchvision's segmentation networks):
+    it is not trained, which is logged once.
+
     Raises:
         TypeError: none of them is there.
     """
@@ -225,10 +232,20 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     if isinstance(output, dict):
+        if "aux" in output and torch.is_grad_enabled():
+            _tell_about_auxiliary_head()
         for key in ("logits", "out"):
             if isinstance(output.get(key), torch.Tensor):
                 return output[key]
     raise TypeError(
         f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
         "or a dict with 'logits' or 'out'"
+    )
+
+
+@functools.cache
+def _tell_about_auxiliary_head() -> None:
+    logger.warning(
+        "the model returns 'aux' beside its logits; GKT trains the logits alone, so the auxiliary head gets no "
+        "gradient. Build the model without it (aux_loss=False), or take it away (model.aux_classifier = None)"
     )

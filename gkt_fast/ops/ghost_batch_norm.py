@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import ghost_batch_norm_backends as backends
 from .ghost_batch_norm_checks import check_arguments, statistics_dtype
-from .registry import select
+from .registry import run
 
 __all__ = ["ghost_batch_norm", "ghost_batch_norm_reference"]
 
@@ -150,18 +150,9 @@ def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts,
         return y, statistics if running_mean is not None else statistics.zero_(), mask
     if residual is not None:
         residual = backends.readable_as(residual, channels_last)
-    backend = select("ghost_batch_norm", x.device.type, x.dtype)
-    backend.forward(
-        backends.describe(x, channels_last, ghosts, relu, eps, running_mean is not None),
-        x,
-        residual,
-        weight,
-        bias,
-        keep,
-        y,
-        statistics,
-        mask,
-    )
+    problem = backends.describe(x, channels_last, ghosts, relu, eps, running_mean is not None)
+    tensors = (x, residual, weight, bias, keep, y, statistics, mask)
+    run("ghost_batch_norm", x.device.type, x.dtype, lambda backend: backend.forward(problem, *tensors))
     return y, statistics, mask
 
 
@@ -172,19 +163,15 @@ def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_
     grad_weight, grad_bias = statistics.new_empty((2, x.shape[1])).unbind()
     if x.numel() == 0:
         return grad_x, grad_residual, grad_weight.zero_(), grad_bias.zero_()
-    backend = select("ghost_batch_norm", x.device.type, x.dtype)
-    backend.backward(
-        backends.describe(x, channels_last, ghosts, relu, eps, use_running),
-        backends.readable_as(grad_y, channels_last),
-        x,
-        weight,
-        statistics,
-        mask,
-        keep,
-        grad_x,
-        grad_residual if residual else None,
-        grad_weight,
-        grad_bias,
+    problem = backends.describe(x, channels_last, ghosts, relu, eps, use_running)
+    grad_y = backends.readable_as(grad_y, channels_last)
+    saved = (grad_y, x, weight, statistics, mask, keep)
+    gradients = (grad_x, grad_residual if residual else None, grad_weight, grad_bias)
+    run(
+        "ghost_batch_norm",
+        x.device.type,
+        x.dtype,
+        lambda backend: backend.backward(problem, *saved, *gradients),
     )
     return grad_x, grad_residual, grad_weight, grad_bias
 

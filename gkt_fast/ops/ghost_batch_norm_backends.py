@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from .ghost_batch_norm_checks import DTYPES, statistics_dtype
 from .native import DTYPES as NATIVE_DTYPES
 from .native import cuda_stream, native_cuda_module, native_module
 from .registry import Implementation, register
+from .triton_failures import reporting_failures
 
 __all__ = ["Problem", "describe", "mask_size", "readable", "readable_as"]
 
@@ -335,10 +336,12 @@ class CudaBackend(NativeBackend):
             super().backward(problem, grad_y, *tensors)
 
 
-def _triton() -> ModuleType:
+def _triton() -> SimpleNamespace:
     from ..kernels.triton import ghost_batch_norm as kernels
 
-    return kernels
+    return SimpleNamespace(
+        forward=reporting_failures(kernels.forward), backward=reporting_failures(kernels.backward)
+    )
 
 
 # Triton's interpreter runs the kernels on CPU tensors.

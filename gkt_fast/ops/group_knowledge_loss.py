@@ -295,13 +295,35 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 @torch.compiler.assume_constant_result
 def _runs_in_plain_torch(device: str, dtype: torch.dtype) -> bool:
     """Whether autograd differentiates the reference; torch.compile asks once, when it traces."""
-    return registry.select("group_knowledge_loss", device, dtype) is _PLAIN_TORCH
+    return registry.select("group_knowledge_loss", device, dtype) is _plain_torch
 
 
-_PLAIN_TORCH = object()
+# Inside an op, and more so inside a compiled graph, the dispatcher leaves autograd out.
+_OUTSIDE_OPS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _plain_torch(
+    logits: Tensor, targets: Tensor, groups: int, *options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference as the op, for a call whose backend turned out not to work."""
+    *options, with_gradient, gradient_scale = options
+    names = group_knowledge_loss_triton.OPTIONS[1:]
+    arguments = {"groups": groups, "loops": (logits.shape[0] - 1) // groups if groups else 1}
+    arguments |= dict(zip(names, options, strict=True))
+    if not with_gradient:
+        return *group_knowledge_loss_reference(logits, targets, **arguments), logits.new_empty(0)
+
+    def scaled(logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        loss, terms = group_knowledge_loss_reference(logits, targets, **arguments)
+        return loss * gradient_scale, (loss, terms)
+
+    with torch._C._ForceDispatchKeyGuard(*_OUTSIDE_OPS):
+        gradient, (loss, terms) = torch.func.grad(scaled, has_aux=True)(logits)
+    return loss, terms, torch.empty_like(logits).copy_(gradient)
+
 
 registry.register(
-    registry.Implementation("group_knowledge_loss", "torch", (), FLOAT_DTYPES, lambda: _PLAIN_TORCH)
+    registry.Implementation("group_knowledge_loss", "torch", (), FLOAT_DTYPES, lambda: _plain_torch)
 )
 registry.register(
     registry.Implementation(
@@ -338,8 +360,12 @@ torch.library.define(
 
 @torch.library.impl("gkt_fast::group_knowledge_loss", ("cpu", "cuda"))
 def _forward(logits: Tensor, targets: Tensor, groups: int, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-    backend = registry.select("group_knowledge_loss", logits.device.type, logits.dtype)
-    return backend(logits, targets, groups, *options)
+    return registry.run(
+        "group_knowledge_loss",
+        logits.device.type,
+        logits.dtype,
+        lambda backend: backend(logits, targets, groups, *options),
+    )
 
 
 @torch.library.register_fake("gkt_fast::group_knowledge_loss")

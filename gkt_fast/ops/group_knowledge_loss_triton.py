@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .group_knowledge_loss_checks import check_class_indices
+from .triton_failures import reporting_failures
 
 __all__ = ["DEVICES", "DTYPES", "load_triton"]
 
@@ -36,6 +37,8 @@ def load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The Triton kernel as a function of the torch.library op's arguments."""
     from gkt_fast.kernels.triton import group_knowledge_loss as kernel
 
+    launch = reporting_failures(kernel.group_knowledge_loss)
+
     def forward(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
         *options, with_gradient, gradient_scale = options
         if targets.is_floating_point():
@@ -49,7 +52,7 @@ def load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             logits, targets = logits.contiguous(), targets.contiguous()
         written = torch.empty_like(logits) if many and with_gradient else gradient
         with torch.cuda.device_of(logits):
-            loss, terms = kernel.group_knowledge_loss(
+            loss, terms = launch(
                 logits,
                 targets,
                 written if with_gradient else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from types import ModuleType
 
 import torch  # loaded before the native module, so that both share one OpenMP runtime
@@ -37,17 +38,44 @@ def native_module() -> ModuleType:
 
 
 def native_cuda_module() -> ModuleType:
-    """The native module, when it was built with CUDA kernels and a CUDA device is here.
+    """The native module, when it was built with CUDA kernels and a CUDA device is here that can run them.
+
+    A driver that is too old shows when a kernel is launched (csrc/guard.h: `Unsupported`).
 
     Raises:
         BackendError: one of them is missing.
     """
     module = native_module()
-    if module.build_info()["cuda"] == "none":
+    build = module.build_info()
+    if build["cuda"] == "none":
         raise BackendError("the native module was built without nvcc")
     if not torch.cuda.is_available():
         raise BackendError("no CUDA device")
+    capability = torch.cuda.get_device_capability()
+    architectures = str(build["cuda_architectures"])
+    if not any(_runs_on(architecture, capability) for architecture in architectures.split(", ")):
+        raise BackendError(
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, the native module was built for "
+            f"{architectures} (GKT_CUDA_ARCHS)"
+        )
     return module
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for one of CMake's architectures runs on a GPU; of names like "native" that is not known.
+
+    Machine code ("-real") runs on GPUs of the same major version, what is specific to an architecture ("90a") on that
+    one; otherwise there is PTX too, for every newer GPU.
+    """
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)(-\w+)?", architecture)
+    if parts is None:
+        return True
+    built = int(parts[1]), int(parts[2])
+    if parts[3] == "a":
+        return capability == built
+    if parts[3] == "f" or parts[4] == "-real":
+        return capability[0] == built[0] and capability >= built
+    return capability >= built
 
 
 def cuda_stream(tensor: torch.Tensor) -> int:

@@ -3,6 +3,10 @@
 Backends are "cuda" (CUDA C++), "triton", "cpp" (C++ on the CPU) and "torch" (the plain-torch reference).
 The order on a device is fixed in `ORDER`; `use_backend(name)` or the environment variable GKT_BACKEND asks for
 one explicitly, which then works or raises `BackendError` with the reason. An automatic fallback is logged once.
+
+A backend can also turn out not to work when it first runs: kernels that don't fit the GPU or its driver, a compiler
+that is missing. It then raises `BackendError` from its functions; `run` gives it up for this op and dtype as long as
+the process lives, so that the cost of failing is paid once, and goes on with the next one.
 """
 
 from __future__ import annotations
@@ -15,11 +19,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["BackendError", "Implementation", "explain", "find", "register", "select", "use_backend"]
+__all__ = [
+    "BackendError",
+    "Implementation",
+    "explain",
+    "find",
+    "implementations",
+    "reason_against",
+    "register",
+    "run",
+    "select",
+    "use_backend",
+]
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("gkt_fast")
 
@@ -51,12 +68,16 @@ class Implementation:
 
 
 _implementations: dict[tuple[str, str], Implementation] = {}
+_given_up: dict[tuple[str, str, str, torch.dtype], str] = {}
+"""Why a backend failed when it ran, by (op, backend, device, dtype)."""
 _requested: ContextVar[str | None] = ContextVar("gkt_fast_backend", default=None)
 
 
 def register(implementation: Implementation) -> None:
     """Adds a backend of an op, or replaces it."""
     _implementations[implementation.op, implementation.backend] = implementation
+    for key in [key for key in _given_up if key[:2] == (implementation.op, implementation.backend)]:
+        del _given_up[key]
     _load.cache_clear()
     _automatic.cache_clear()
 
@@ -71,6 +92,11 @@ def find(op: str, backend: str) -> Implementation:
         return _implementations[op, backend]
     except KeyError:
         raise ValueError(f"op {op!r} has no backend {backend!r}") from None
+
+
+def implementations() -> list[Implementation]:
+    """Every backend of every op, in the order of their names."""
+    return [implementation for _, implementation in sorted(_implementations.items())]
 
 
 @contextmanager
@@ -101,26 +127,47 @@ def select(op: str, device: str, dtype: torch.dtype) -> Any:
     Raises:
         BackendError: the explicitly requested backend can't, with the reason.
     """
-    requested = requested_backend()
-    if requested is None:
-        return _automatic(op, device, dtype)
-    reason = _reason_against(op, requested, device, dtype)
-    if reason:
-        raise BackendError(f"backend {requested!r} can't run {op} on {device} tensors of {dtype}: {reason}")
-    return _load(op, requested)[0]
+    return _load(op, _choose(op, device, dtype))[0]
+
+
+def run(op: str, device: str, dtype: torch.dtype, call: Callable[[Any], Result]) -> Result:
+    """`call` with the functions of the backend that runs `op`, as `select` gives them.
+
+    Where they raise `BackendError`, or NotImplementedError (native kernels that don't fit the GPU or its driver), the
+    backend is given up and the next one is called.
+
+    Raises:
+        BackendError: the explicitly requested backend can't, with the reason.
+    """
+    backend = _choose(op, device, dtype)
+    try:
+        return call(_load(op, backend)[0])
+    except (BackendError, NotImplementedError) as error:
+        _give_up(op, backend, device, dtype, str(error))
+        return run(op, device, dtype, call)  # ends: every turn has one backend less
 
 
 def explain() -> list[dict[str, str]]:
     """One row per op and backend: op, backend, devices, status ("ok" or the reason why not)."""
     return [
         {
-            "op": op,
-            "backend": backend,
+            "op": implementation.op,
+            "backend": implementation.backend,
             "devices": "/".join(implementation.devices) or "all",
-            "status": _load(op, backend)[1] or "ok",
+            "status": _status(implementation),
         }
-        for (op, backend), implementation in sorted(_implementations.items())
+        for implementation in implementations()
     ]
+
+
+def _status(implementation: Implementation) -> str:
+    op, backend = implementation.op, implementation.backend
+    failures = [
+        f"failed for {dtype} on {device}: {reason}"
+        for (*failed, device, dtype), reason in _given_up.items()
+        if (op, backend) == tuple(failed)
+    ]
+    return _load(op, backend)[1] or "; ".join(failures) or "ok"
 
 
 def _check_name(backend: str | None, argument: str) -> None:
@@ -135,9 +182,12 @@ def _load(op: str, backend: str) -> tuple[Any, str | None]:
         return _implementations[op, backend].load(), None
     except (BackendError, ImportError) as error:
         return None, str(error)
+    except Exception as error:  # whatever a broken installation of a compiler raises
+        return None, f"{type(error).__name__}: {error}"
 
 
-def _reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run `op` for tensors of this device type and dtype; None when nothing speaks against it."""
     implementation = _implementations.get((op, backend))
     if implementation is None:
         return "the op has no such backend"
@@ -145,19 +195,38 @@ def _reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> s
         return f"it takes tensors on {' or '.join(implementation.devices)}"
     if dtype not in implementation.dtypes:
         return f"it takes {', '.join(str(d) for d in implementation.dtypes)}"
-    return _load(op, backend)[1]
+    return _load(op, backend)[1] or _given_up.get((op, backend, device, dtype))
+
+
+def _choose(op: str, device: str, dtype: torch.dtype) -> str:
+    requested = requested_backend()
+    if requested is None:
+        return _automatic(op, device, dtype)
+    reason = reason_against(op, requested, device, dtype)
+    if reason:
+        raise BackendError(f"backend {requested!r} can't run {op} on {device} tensors of {dtype}: {reason}")
+    return requested
+
+
+def _give_up(op: str, backend: str, device: str, dtype: torch.dtype, reason: str) -> None:
+    _given_up[op, backend, device, dtype] = reason
+    _automatic.cache_clear()
+    if requested_backend() is None:
+        logger.warning(
+            "%s on %s %s no longer runs on %r, which failed: %s", op, device, dtype, backend, reason
+        )
 
 
 @functools.cache
-def _automatic(op: str, device: str, dtype: torch.dtype) -> Any:
+def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     rejected = []
     for backend in ORDER.get(device, ("torch",)):
-        reason = _reason_against(op, backend, device, dtype)
+        reason = reason_against(op, backend, device, dtype)
         if reason is None:
             if rejected:
                 logger.info(
                     "%s on %s %s runs on %r; not on %s", op, device, dtype, backend, "; ".join(rejected)
                 )
-            return _load(op, backend)[0]
+            return backend
         rejected.append(f"{backend} ({reason})")
     raise BackendError(f"no backend can run {op} on {device} tensors of {dtype}: {'; '.join(rejected)}")

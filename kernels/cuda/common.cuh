@@ -198,9 +198,31 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T identity, 
 
 // Host side.
 
+// Whether an error means that this build doesn't fit the GPU or its driver.
+inline bool is_unsupported(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorCallRequiresNewerDriver:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
+      return true;
+    default:
+      return false;
+  }
+}
+
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const std::string message = std::string(what) + ": " + cudaGetErrorString(error);
+  if (is_unsupported(error)) throw Unsupported(message);
+  throw std::runtime_error(message);
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), with more than 48 KiB of dynamic
@@ -214,12 +236,12 @@ inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                                     static_cast<int>(shared_bytes)),
                "dynamic shared memory");
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), "kernel launch");
 #else
   (void)stream;
   cuda_host::launch_kernel(kernel, grid, block, shared_bytes, arguments...);
   cuda_host::raise_pending_error();
 #endif
+  check_cuda(cudaGetLastError(), "kernel launch");
 }
 
 // The same with the kernel as a template argument. Not for a generic lambda whose parameters the

@@ -186,6 +186,17 @@ def last_first(library: ctypes.CDLL | ModuleType) -> Iterator[None]:
         library.cuda_host_set_last_first(0)
 
 
+@contextmanager
+def refusing_launches(library: ctypes.CDLL | ModuleType, error: int) -> Iterator[None]:
+    """Kernels launched in this block don't run, and report a cudaError_t, as on a GPU that the build doesn't fit."""
+    library = _as_library(library)
+    library.cuda_host_refuse_launches(error)
+    try:
+        yield
+    finally:
+        library.cuda_host_refuse_launches(0)
+
+
 def _as_library(library: ctypes.CDLL | ModuleType) -> ctypes.CDLL:
     return ctypes.CDLL(library.__file__) if isinstance(library, ModuleType) else library
 

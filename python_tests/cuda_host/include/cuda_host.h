@@ -60,4 +60,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entr
             const void* arguments, size_t argument_bytes);
 void raise_pending_error();
 
+// The cudaError_t with which launches are refused (cuda_host_refuse_launches); 0: they run.
+int refusal();
+
 }  // namespace cuda_host

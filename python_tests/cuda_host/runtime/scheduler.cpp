@@ -19,6 +19,7 @@ std::string violation;    // the first of this launch
 thread_local std::string pending_error;
 thread_local bool in_launch = false;
 Thread threads[kMaxThreads];
+int refused_with = 0;     // a cudaError_t
 bool last_first = false;  // the order of blocks, of a block's warps and of a warp's lanes
 
 void run_ready_lanes(Thread* warp, int lanes) {
@@ -145,7 +146,7 @@ void trap(Site site) {
 void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Entry entry,
             const void* arguments, size_t argument_bytes) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
-  if (!pending_error.empty()) return;
+  if (!pending_error.empty() || refused_with != 0) return;
   violation.clear();
   current_launch = {kernel_name(kernel),
                     grid,
@@ -184,9 +185,16 @@ void raise_pending_error() {
   throw std::runtime_error(error);
 }
 
+int refusal() { return refused_with; }
+
 }  // namespace cuda_host
 
 // Later launches run their last block, warp and lane first: a right kernel gives the same bits.
 extern "C" __attribute__((visibility("default"))) void cuda_host_set_last_first(int value) {
   cuda_host::last_first = value != 0;
+}
+
+// Later launches run nothing and report this cudaError_t, as on a GPU that the build doesn't fit.
+extern "C" __attribute__((visibility("default"))) void cuda_host_refuse_launches(int error) {
+  cuda_host::refused_with = error;
 }

@@ -1,0 +1,156 @@
+"""Counts what the ops of a piece of code do: bytes, FLOPs and kernel launches, by a dispatch mode, op by op.
+
+An op reads each of its inputs and writes each of its outputs once, in main memory; nothing stays in a cache between two
+ops. Ops that must go over an input twice, because a sum over all of it comes first, read it twice. Views and
+allocations cost nothing. FLOPs are those of torch's own counter: convolutions, matrix products and attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["OpCost", "OpCounter", "fake_in_place"]
+
+NO_KERNEL = {
+    "prim::device",
+    "aten::_unsafe_view",
+    "aten::as_strided_",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::lift_fresh",
+    "aten::set_",
+}
+"""Ops that touch no element, beside those that torch itself calls views."""
+
+WRITE_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_"}
+"""Ops that don't read their first argument."""
+
+TWO_PASSES = {
+    "aten::native_batch_norm": (0,),
+    "aten::native_batch_norm_backward": (0, 1),
+    "gkt_fast::ghost_batch_norm": (0,),
+    "gkt_fast::ghost_batch_norm_backward": (0, 1, 4),
+}
+"""Arguments that are read twice in training: sums over all of a channel come first."""
+
+LAUNCHES = {
+    "gkt_fast::ghost_batch_norm": 3,  # kernels/cuda/ghost_batch_norm.cu: sums, merge, map; both ways
+    "gkt_fast::ghost_batch_norm_backward": 3,
+    "gkt_fast::group_knowledge_loss": 2,  # kernels/cuda/group_knowledge_loss.cu
+}
+"""Kernels of an op; 1 unless listed, convolution_backward one for each gradient."""
+
+
+class OpCost(NamedTuple):
+    """One call of an op.
+
+    Args:
+        name: "namespace::name".
+        bytes: read and written in main memory.
+        flops: floating point operations, a multiply-add is two.
+        launches: kernels.
+        dtype: of the first floating point input or output; None where there is none.
+    """
+
+    name: str
+    bytes: int
+    flops: int
+    launches: int
+    dtype: torch.dtype | None
+
+
+class OpCounter(TorchDispatchMode):
+    """Records every op that runs inside the block, backward passes included, in `ops`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[OpCost] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name
+        if not (name in NO_KERNEL or getattr(func, "is_view", False)):
+            self.ops.append(_cost(func, name, args, kwargs, out))
+        return out
+
+
+def fake_in_place(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Makes fake tensors of a model's parameters and buffers: same shapes and strides, no elements."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor)
+
+
+def _cost(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> OpCost:
+    inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    outputs = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+    read = inputs[1:] if name in WRITE_ONLY else inputs
+    moved = sum(_size(tensor) for tensor in _distinct(read))
+    moved += sum(_size(tensor) for tensor in _distinct(outputs))
+    moved += sum(_size(args[i]) for i in TWO_PASSES.get(name, ()) if _trains(name, args))
+    launches = LAUNCHES.get(name, 1)
+    if name == "aten::convolution_backward":
+        launches = sum(args[-1])
+        moved += (launches - 1) * _size(args[0])  # each of the kernels reads the gradient
+    floating = (value.dtype for value in (*inputs, *outputs) if value.is_floating_point())
+    return OpCost(name, moved, _flops(func, name, args, kwargs, out), launches, next(floating, None))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the elements that are there: those of an expanded dimension once."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return (
+        math.prod(size for size, stride in dims if stride != 0) * tensor.element_size() * (tensor.numel() > 0)
+    )
+
+
+def _trains(name: str, args: tuple) -> bool:
+    """Whether the op takes its batch's own statistics; with running ones a pass is enough."""
+    if name == "gkt_fast::ghost_batch_norm":
+        return args[5] is None
+    if name == "gkt_fast::ghost_batch_norm_backward":
+        return not args[9]
+    return bool(args[5] if name == "aten::native_batch_norm" else args[7])
+
+
+def _flops(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    if func.overloadpacket in flop_registry:
+        return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+    attention = _CPU_ATTENTION.get(name)
+    return 0 if attention is None else attention(*args)
+
+
+def _attention(products: int, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """So many matrix products of (queries, keys) with the width of a head; torch has no formula for its CPU kernel."""
+    batch, heads, queries, width = query.shape
+    return 2 * products * batch * heads * queries * key.shape[2] * width
+
+
+_CPU_ATTENTION: dict[str, Callable[..., int]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_: _attention(2, q, k, v),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, v, *__: _attention(
+        5, q, k, v
+    ),
+}
+"""Forward two products; backward four and the scores once more, as flash attention does on every device."""

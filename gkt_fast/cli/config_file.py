@@ -1,0 +1,58 @@
+"""The YAML files of `train`: flags read from one, and all flags written to `args.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import GKTConfig
+
+__all__ = ["with_config_file", "write_arguments"]
+
+SEVERAL = ("evaluate-depths", "track-depths", "log")
+"""Flags that take several values."""
+
+
+def with_config_file(arguments: list[str]) -> list[str]:
+    """Puts the flags of a `--config` file in front of those of the command line, which win."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("-c", "--config", type=Path)
+    path = finder.parse_known_args(arguments)[0].config
+    if path is None or arguments[:1] != ["train"]:
+        return arguments
+    with open(path) as file:
+        values = yaml.safe_load(file) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of flags to values")
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = str(name).replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif flag in SEVERAL and isinstance(value, list):
+            flags += [f"--{flag}", *map(_flag_value, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{flag}={_flag_value(value)}")
+    return ["train", *flags, *arguments[1:]]
+
+
+def _flag_value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return ",".join("-".join(map(str, depths)) for depths in value)
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def write_arguments(args: argparse.Namespace, config: GKTConfig, path: Path) -> None:
+    """Writes all flags, those of the configuration as they came out of the method; `-c` takes the file again."""
+    values = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
+    values = {name: _plain(value) for name, value in values.items()} | config.to_dict()
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

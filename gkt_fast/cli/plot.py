@@ -1,0 +1,125 @@
+"""`python -m gkt_fast plot`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Run", "add_arguments", "draw", "read_run"]
+
+LINES = ("-", "--", ":", "-.")
+"""Within a run the curves of a panel differ by line, between runs by colour."""
+PANELS = (
+    ("loss", ("train_loss", "val_loss"), "loss"),
+    ("distillation term of each group", ("kd_group",), "KL divergence"),
+    ("accuracy of the network and of subnets", ("val_accuracy",), "accuracy (%)"),
+)
+"""Title, first letters of the columns, label of the axis."""
+LABELS = {
+    "train_loss": "training",
+    "val_loss": "validation",
+    "val_loss_ema": "validation, averaged weights",
+    "val_accuracy": "full network",
+    "val_accuracy_ema": "full network, averaged weights",
+}
+"""Of columns whose name doesn't say it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The curves of a training run.
+
+    Args:
+        name: as shown in the legend.
+        curves: for each column of summary.csv its (epoch, value) pairs, epochs counted from 1.
+    """
+
+    name: str
+    curves: dict[str, list[tuple[int, float]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=plot)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a summary.csv")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("plot.png"), help="picture: png, svg or pdf"
+    )
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draws loss, distillation terms and accuracies over epochs, all runs in one figure."""
+    runs = [read_run(path) for path in args.runs]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(path)) for run, path in zip(runs, args.runs, strict=True)]
+    figure = draw(runs)
+    figure.savefig(args.output, dpi=120)
+    print(f"Written to {args.output}")
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run's summary.csv.
+
+    Raises:
+        ValueError: there is none, it holds no epoch, or a value is no number.
+    """
+    file = path / "summary.csv" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} holds no summary.csv; a run writes one with --output")
+    with open(file, newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    if not rows or "epoch" not in rows[0]:
+        raise ValueError(f"{file} holds no epochs")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            try:
+                if value:
+                    curves.setdefault(name, []).append((int(row["epoch"]) + 1, float(value)))
+            except (TypeError, ValueError):
+                raise ValueError(f"{file} has {value!r} as {name}; it must be a number") from None
+    return Run(file.parent.name, curves)
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """A figure with one panel for the losses, one for the distillation terms, one for the accuracies."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    for axes, (title, prefixes, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for number, run in enumerate(runs):
+            _draw_run(axes, run, prefixes, f"C{number}", several=len(runs) > 1)
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def _draw_run(axes: Axes, run: Run, prefixes: tuple[str, ...], colour: str, several: bool) -> None:
+    names = [name for prefix in prefixes for name in run.curves if name.startswith(prefix)]
+    for i, name in enumerate(names):
+        percent = 100.0 if name.startswith("val_accuracy") else 1.0
+        epochs, values = zip(*run.curves[name], strict=True)
+        axes.plot(
+            epochs,
+            [percent * value for value in values],
+            linestyle=LINES[i % len(LINES)],
+            marker="." if len(epochs) == 1 else None,
+            color=colour if several else f"C{i}",
+            label=f"{run.name}: {_label(name)}" if several else _label(name),
+        )
+
+
+def _label(column: str) -> str:
+    if column in LABELS:
+        return LABELS[column]
+    kind, _, what = column.rpartition("_")
+    return f"depths {what}" if kind == "val_accuracy" else what.replace("group", "group ")

@@ -1,0 +1,159 @@
+"""The parts of a training run, built as the flags of `train` say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
+
+from .. import models
+from ..config import GKTConfig
+from ..data import Data
+from ..distributed import is_distributed, share, world_size
+from ..loggers import Logger, TensorBoardLogger, WandbLogger
+from ..methods import method_config
+
+__all__ = [
+    "CONFIG_FIELDS",
+    "build_config",
+    "build_loaders",
+    "build_loggers",
+    "build_model",
+    "build_optimizer",
+    "build_scheduler",
+    "synchronized",
+]
+
+CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(GKTConfig)}
+
+
+def build_config(args: argparse.Namespace, data: Data) -> GKTConfig:
+    """The method's configuration, with the flags that were given."""
+    given = {name: value for name, value in vars(args).items() if name in CONFIG_FIELDS}
+    image_size = data.train[0][0].shape[-1] if args.method == "st++" else None
+    return method_config(args.method, image_size, **given)
+
+
+def build_model(name: str, data: Data) -> nn.Module:
+    """A network for the data by name: cifar_resnetN, a torchvision classifier, or timm:NAME.
+
+    Raises:
+        ValueError: there is no such network, or it takes other images.
+    """
+    if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
+        depth = int(name.removeprefix("cifar_resnet"))
+        return models.cifar_resnet(depth, data.num_classes, in_channels=data.in_channels)
+    if name.startswith("timm:"):
+        import timm
+
+        if not timm.is_model(name[5:]):
+            raise ValueError(f"model is {name!r}; timm has no network of that name")
+        return timm.create_model(name[5:], num_classes=data.num_classes, in_chans=data.in_channels)
+    import torchvision
+
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(
+            f"model is {name!r}; it must be cifar_resnetN, one of torchvision's classifiers, or timm:NAME"
+        )
+    if data.in_channels != 3:
+        raise ValueError(
+            f"model is {name!r}, which takes images of 3 channels; these have {data.in_channels}"
+        )
+    return torchvision.models.get_model(name, num_classes=data.num_classes)
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    model.to(args.device)
+    if args.opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+    )
+
+
+def build_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if args.sched == "none":
+        return None
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.epochs - args.warmup_epochs, 1))
+    if not args.warmup_epochs:
+        return cosine
+    warmup = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / (args.warmup_epochs + 1), total_iters=args.warmup_epochs
+    )
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[args.warmup_epochs])
+
+
+def synchronized(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    if not args.sync_bn or not is_distributed():
+        return model
+    if args.model.startswith("timm:"):  # torch's converter would lose the activations in timm's norm layers
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def build_loggers(args: argparse.Namespace, output: Path | None) -> list[Logger]:
+    if args.log and output is None:
+        raise ValueError(
+            f"log is {' '.join(args.log)} and output is not given; logs are written to the run's folder"
+        )
+    loggers: list[Logger] = []
+    if "tensorboard" in args.log:
+        loggers.append(TensorBoardLogger(output / "tensorboard"))
+    if "wandb" in args.log:
+        flags = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+        loggers.append(WandbLogger(output, flags, project=args.wandb_project, name=output.name))
+    return loggers
+
+
+def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Loaders of the training images, of the test images, and of training images that are not mixed."""
+    options = {
+        "num_workers": args.workers,
+        "pin_memory": args.device.startswith("cuda"),
+        "worker_init_fn": _ignore_interrupt,
+    }
+    size = min(args.batch_size, len(data.train) // world_size())  # type: ignore[arg-type]
+    sampler = DistributedSampler(data.train, seed=args.seed, drop_last=True) if is_distributed() else None
+    training = {**options, "shuffle": sampler is None, "sampler": sampler, "drop_last": True}
+    calibration_loader = DataLoader(data.train, size, **training)
+    train_loader = calibration_loader
+    if args.mixup or args.cutmix:
+        mixing = MixedBatches(args.mixup, args.cutmix, data.num_classes)
+        train_loader = DataLoader(data.train, size, collate_fn=mixing, **training)
+    return train_loader, DataLoader(share(data.test), max(size, 256), **options), calibration_loader
+
+
+class MixedBatches:
+    """Collates samples into a batch, then mixes it by torchvision's MixUp or CutMix, one of them drawn for each batch.
+
+    Targets become class probabilities.
+
+    Args:
+        mixup: alpha of MixUp; 0: none.
+        cutmix: alpha of CutMix; 0: none.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
+        from torchvision.transforms import v2
+
+        kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+        choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+        self.mix = v2.RandomChoice(choices)
+
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        return self.mix(*default_collate(samples))
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

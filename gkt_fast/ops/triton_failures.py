@@ -1,0 +1,42 @@
+"""What it looks like when Triton can't run a kernel here: missing compilers, old GPUs, full disks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from .registry import BackendError
+
+__all__ = ["reporting_failures"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# The GPU's own troubles, which no other backend escapes. torch before 2.8 has no AcceleratorError.
+_NOT_TRITONS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+_LONGEST_REASON = 300
+
+
+def reporting_failures(launch: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The launcher, raising `BackendError` for whatever goes wrong when Triton compiles and launches.
+
+    Triton has no exception of its own for most of it: a C compiler that is missing is a RuntimeError, ptxas or a
+    cache that can't be written an OSError, an architecture it doesn't know an IndexError. Arguments must have been
+    checked, so that nothing else is left to go wrong.
+    """
+
+    @functools.wraps(launch)
+    def launch_or_report(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return launch(*args, **kwargs)
+        except _NOT_TRITONS:
+            raise
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = f"{type(error).__name__}: {lines[-1] if lines else ''}"[:_LONGEST_REASON]
+            raise BackendError(reason) from error
+
+    return launch_or_report
