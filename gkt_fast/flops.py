@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .execution.chain import older_reads
-from .execution.interception import Site, intercept
+from .execution.interception import Site, intercept, uncompiled
 from .plan import Layer
 
 __all__ = ["count_flops", "count_layers", "one_sample", "same_form", "zeros_for"]
@@ -58,7 +58,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), uncompiled(model):
             yield
     finally:
         for module, mode in training.items():

@@ -185,6 +185,62 @@ def test_what_counts_as_residual(rule, residual):
     assert is_residual(Block(rule)) == residual
 
 
+class WithArguments(Block):
+    """A shortcut that the caller may compute, and a flag."""
+
+    def forward(self, x, shortcut=None, flag=False, **others):
+        if flag:
+            return self.layer(x)
+        return self.layer(x) + (x if shortcut is None else shortcut)
+
+
+class WithFlag(WithArguments):
+    def forward(self, x, mask=None, flag=False, **others):
+        return self.layer(x) if flag else x + self.layer(x)
+
+
+def test_arguments_with_defaults():
+    """What is None by default may be an activation; a flag has its default."""
+    assert not is_residual(WithArguments(None))
+    assert is_residual(WithFlag(None))
+
+
+@pytest.mark.parametrize(
+    "rule, residual",
+    [
+        (lambda self, x: (x + self.layer(x)).reshape(x.shape[0], -1).reshape(x.shape), True),
+        (lambda self, x: (x.flatten(1) + self.layer(x)).view(x.size(0), x.size(1)), True),
+        (lambda self, x: (x.flatten(1) + self.layer(x)).view_as(x), True),
+        (lambda self, x: (x + self.layer(x)).reshape(x.shape[0], -1), False),
+        (lambda self, x: (x + self.layer(x)).reshape(x.shape[1], x.shape[0]), False),
+        (lambda self, x: (x + self.layer(x)).reshape(self.layer(x).shape), False),
+        (lambda self, x: self.empty(x) + self.layer(x), True),
+        (lambda self, x: self.linear(x) + self.layer(x), False),
+    ],
+)
+def test_reshapes_and_shortcuts_of_sequentials(rule, residual):
+    block = Block(rule)
+    block.empty = nn.Sequential(nn.Sequential(), nn.Identity())
+    block.linear = nn.Sequential(nn.Linear(4, 4))
+    assert is_residual(block) == residual
+
+
+class SideBySide(nn.Module):
+    """Blocks as attributes, without a container."""
+
+    def __init__(self):
+        super().__init__()
+        self.b1, self.b2, self.b3 = (Block(lambda self, x: x + self.layer(x)) for _ in range(3))
+
+    def forward(self, x):
+        return self.b3(self.b2(self.b1(x)))
+
+
+def test_blocks_in_a_module_that_is_no_container():
+    model = nn.Sequential(nn.Linear(4, 4), SideBySide(), nn.Linear(4, 2))
+    assert summary(model) == [("1.b1", "xxx")]
+
+
 def test_finding_stages_leaves_the_model_as_it_was():
     model = cifar_resnet(8, width=4).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .interception import Site, intercept
+from .interception import Site, intercept, uncompiled
 
 __all__ = ["GeneratorWatch", "UnexpectedNoiseError", "noisy_layers", "silence"]
 
@@ -101,7 +101,7 @@ def noisy_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
                 module.eval()
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
-        with torch.random.fork_rng(), torch.enable_grad(), intercept(model, sites, call):
+        with torch.random.fork_rng(), torch.enable_grad(), uncompiled(model), intercept(model, sites, call):
             model(*inputs)
     finally:
         random.setstate(python_state)

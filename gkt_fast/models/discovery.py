@@ -246,15 +246,19 @@ def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]
     is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
     for run in _neighbours(children):
         holds_containers = isinstance(run[0][1], (nn.Sequential, nn.ModuleList))
-        if not holds_containers and is_container:
-            is_run = any(is_residual(block) for _, block in run) or not _holds_container(run)
-        else:
-            is_run = not holds_containers and len(run) > 1 and any(is_residual(block) for _, block in run)
-        if is_run:
+        counts = not holds_containers and (is_container or len(run) > 1)
+        if counts and _is_residual_run(run):
             yield run
             continue
-        for child_path, child in run:
-            yield from _runs(child, child_path)
+        inner = [found for child_path, child in run for found in _runs(child, child_path)]
+        if counts and is_container and not any(map(_is_residual_run, inner)) and not _holds_container(run):
+            yield run
+        else:
+            yield from inner
+
+
+def _is_residual_run(run: list[tuple[str, nn.Module]]) -> bool:
+    return any(is_residual(block) for _, block in run)
 
 
 def _neighbours(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:
