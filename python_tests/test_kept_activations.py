@@ -109,15 +109,11 @@ def test_modes_agree_or_refuse(net, policy):
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_stacked_is_exact_where_no_states_part_around_what_is_kept(net):
-    """Or where it is only kept from where the states have parted already."""
-    model = net()
+def test_stacked_refuses_by_structure(net):
+    """In every step, also in one whose states don't part: which mode runs doesn't depend on the draws."""
     inputs, targets = batch()
-    blocks = [path for path in find_stages(model)[0].blocks]
-    dropped = [frozenset(), frozenset(blocks[:1]), frozenset(blocks[1:]), frozenset(), frozenset(blocks[2:])]
-    if net is not BetweenStages:
-        dropped = [frozenset()] * 5
-    assert_modes_agree(model, inputs, targets, dropped, CONFIG, ("stacked",), floor=1e-14)
+    with pytest.raises(SharedStateError, match="again, after layers in between"):
+        package_step("stacked", net(), inputs, targets, [frozenset()] * 5, CONFIG)
 
 
 @pytest.mark.parametrize("net", NETS)

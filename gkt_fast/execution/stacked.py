@@ -31,7 +31,7 @@ from .interception import Site, find_layers, intercept
 from .noise import GeneratorWatch, UnexpectedNoiseError, silence
 from .partition import ghost, lead_and_kept
 from .states import SharedStateError, logits_of, run_watched
-from .step import Network, StepResult, Streams, loss_options, tensors_in
+from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
 
@@ -84,8 +84,7 @@ def run_stacked(
             "execution='stacked' has other states stacked by then"
         )
     statistics = StreamStatistics(streams.config.batch_norm)
-    batch_size = next((x.shape[0] for x in tensors_in(inputs) if x.dim()), 0)
-    stack = _Stack(plan, network, statistics, batch_size)
+    stack = _Stack(plan, network, statistics)
     _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
     norms = find_layers(network.model, is_batch_norm)
     first_step = not network.returns
@@ -171,17 +170,14 @@ class _Stack:
         plan: the states of the step.
         network: the network.
         statistics: hears of the batch statistics of every BatchNorm call.
-        batch_size: B, the rows of the model's input.
     """
 
-    def __init__(self, plan: Plan, network: Network, statistics: StreamStatistics, batch_size: int) -> None:
+    def __init__(self, plan: Plan, network: Network, statistics: StreamStatistics) -> None:
         self.plan = plan
         self.network = network
         self.statistics = statistics
         self.position = 0
         self.stacked = [tuple(range(len(plan.paths)))]
-        self._batch_size = batch_size
-        self._sizes_before: set[int] = set()
         self.aside: dict[int, Tensor] = {}
         self.passed: Any = None
         self.order = BlockOrder(network.sites)
@@ -204,7 +200,6 @@ class _Stack:
                 f"the model computes something between two blocks, before {site.path!r}, outside any module; "
                 "execution='stacked' can't apply that to the states that it put aside"
             )
-        self._refuse_earlier_stack(site.path, tree_leaves((args, kwargs)))
         if site.is_block:
             return self._run_block(site, module, args, kwargs)
         output = self._run(site, module, args, kwargs)
@@ -236,18 +231,6 @@ class _Stack:
         self._advance()
         self.passed = y = self._arrange(y)
         return y
-
-    def _refuse_earlier_stack(self, where: str, values: Sequence[Any]) -> None:
-        """An activation that the model kept from before states parted has fewer ghost batches than there are states.
-
-        Outside a stage the states are stacked in the order of their streams: as many as now means the same ones.
-        """
-        rows = {size * self._batch_size for size in self._sizes_before - {len(self.stacked)}}
-        if any(isinstance(value, Tensor) and value.dim() and value.shape[0] in rows for value in values):
-            raise StackingError(
-                f"the model keeps an activation from before some blocks and uses it after them, at {where!r}; "
-                "execution='stacked' has more states there than before"
-            )
 
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         noisy = self.plan.layers[self.position].draws_noise
@@ -304,7 +287,6 @@ class _Stack:
         elif is_block:
             stacked.sort(key=self._run_length, reverse=True)
             places = []
-        self._sizes_before.add(len(self.stacked))
         if places == list(range(len(stacked))):
             x, parts = lead_and_kept(x, rows, len(stacked), list(kept.values()))
         else:
@@ -339,7 +321,6 @@ class _Stack:
 
     def per_stream(self, logits: Tensor) -> Tensor:
         """(S, B, ...) from the stacked logits of the final states."""
-        self._refuse_earlier_stack("the logits", [logits])
         ghosts = logits.reshape(len(self.stacked), -1, *logits.shape[1:])
         ghost_of = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
         index = [ghost_of[stream] for stream in range(len(ghost_of))]
