@@ -108,7 +108,11 @@ def trainer_step(execution: str, accumulate: int):
 def test_a_trainers_step_neither_waits_nor_copies(execution, accumulate):
     crossings = note(lambda: trainer_step(execution, accumulate), "meta")
     assert not crossings.crossing
-    assert {"aten.linalg_vector_norm.default", "aten._foreach_lerp_.Scalar", "aten.where.self"} <= crossings.ops
+    assert {
+        "aten.linalg_vector_norm.default",
+        "aten._foreach_lerp_.Scalar",
+        "aten.where.self",
+    } <= crossings.ops
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by what counts FLOPs, once
