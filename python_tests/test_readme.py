@@ -37,6 +37,7 @@ SMALL = {
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
+    "bench/overhead.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/overhead.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
     "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",

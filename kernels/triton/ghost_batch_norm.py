@@ -212,7 +212,4 @@ def _aot(name: str, function, dtype: str, constants: dict[str, object], options:
         or pointers.get(parameter.name, "*fp64" if dtype == "fp64" else "*fp32")
         for parameter in function.params
     }
-    if constants.get("STEP", 1) > 1:
-        aligned = tuple(name for name in _ACTIVATIONS if name in signature)
-        options = {**options, "divisible_by_16": aligned}
     return name, function, signature, constants, options

@@ -6,7 +6,7 @@ per channel). Sums are shifted by values of the data and merged in float64 in th
 what its rounding loses, see csrc/cpu/ghost_batch_norm.cpp. Mask and statistics: csrc/gkt_abi.h.
 
 STEP neighbours of a line are accessed together: 16 bytes of them, where every address and size is a multiple of that,
-else 1. No number is specialised by Triton, so that the constants are all that distinguishes two compilations.
+else 1. Triton specialises on no argument, so that the constants are all that distinguishes two compilations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import triton.language as tl
 
 __all__ = ["affine_kernel", "merge_gradients_kernel", "merge_statistics_kernel", "sums_kernel"]
 
-NUMBERS = [
+NOT_SPECIALIZED = [
+    *("x_ptr", "grad_ptr", "other_ptr", "out_ptr", "grad_residual_ptr", "grad_weight_ptr", "grad_bias_ptr"),
+    *("mask_ptr", "keep_ptr", "weight_ptr", "bias_ptr", "statistics_ptr", "coefficients_ptr", "parts_ptr"),
     *(f"{tensor}_{unit}_stride" for tensor in ("x", "grad", "other", "out") for unit in ("line", "channel")),
     *("ghosts", "lines", "length", "channels", "chunk_lines", "chunks", "values_per_line", "values"),
     *("has_weight", "has_bias", "has_keep"),
@@ -38,7 +40,7 @@ def _valid(rows, columns, STEP: tl.constexpr):
     return tl.max_constancy(rows[:, None] & columns[None, :], (1, STEP))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def sums_kernel(
     x_ptr,  # (lines of all ghost batches, length) at x_line_stride, planes: one such matrix per channel
     grad_ptr,  # the same; only with BACKWARD
@@ -138,7 +140,7 @@ def sums_kernel(
     tl.store(part_ptr + 2 * channels, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def merge_statistics_kernel(
     parts_ptr,
     weight_ptr,
@@ -204,7 +206,7 @@ def merge_statistics_kernel(
     tl.store(coefficient + plane, offset.to(DTYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def merge_gradients_kernel(
     parts_ptr,
     weight_ptr,
@@ -261,7 +263,7 @@ def merge_gradients_kernel(
     tl.store(grad_bias_ptr + channel, grad_bias.to(DTYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def affine_kernel(
     x_ptr,
     other_ptr,  # residual; BACKWARD: grad_y

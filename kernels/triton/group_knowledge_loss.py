@@ -202,6 +202,4 @@ def _aot(dtype: str, innermost: str, step: int, classes: int, one_loop: bool, pr
     name += f"{'vectors' if step > 1 else 'scalars'}_{'one_loop' if one_loop else 'loops'}"
     name += "_probabilities" if probabilities else ""
     options = {"num_warps": tile.warps, "maxnreg": tile.registers}
-    if step > 1:
-        options["divisible_by_16"] = ("logits_ptr", "gradient_ptr", "targets_ptr")
     return name, group_knowledge_loss_kernel, signature, constexprs, options

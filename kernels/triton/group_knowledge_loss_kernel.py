@@ -5,8 +5,8 @@ into one tile stay in the first-level cache between passes. A group's knowledge 
 weighted sum of the logits of the streams that visited the group, which are read again.
 
 The launcher says which dimension lies together in memory (INNERMOST: "classes", "rows" or "none") and how many
-neighbours one access may move (STEP): all addresses and sizes along it are then multiples of STEP elements. No number
-is specialised by Triton, so that these and the other constants are all that distinguishes two compilations.
+neighbours one access may move (STEP): all addresses and sizes along it are then multiples of STEP elements. Triton
+specialises on no argument, so that these and the other constants are all that distinguishes two compilations.
 
 Shapes: S streams, R rows (batch and positions), C classes; partials (programs, S + 1); statistics (5, S, R).
 """
@@ -18,7 +18,8 @@ import triton.language as tl
 
 __all__ = ["group_knowledge_loss_kernel"]
 
-NUMBERS = [
+NOT_SPECIALIZED = [
+    *("logits_ptr", "gradient_ptr", "targets_ptr", "statistics_ptr", "partials_ptr", "inverse_rows_ptr"),
     *("streams", "groups", "class_count", "row_count", "size_1", "size_2"),
     *(f"{tensor}_stride_{dim}" for tensor in ("logits", "gradient", "targets") for dim in range(3)),
     *("logits_stream_stride", "logits_class_stride", "gradient_stream_stride", "gradient_class_stride"),
@@ -119,7 +120,7 @@ def _compare(x, k, maximum, scale, total, teacher_maximum, teacher_scale, teache
     return change, summand
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def group_knowledge_loss_kernel(
     logits_ptr, gradient_ptr, targets_ptr, statistics_ptr, partials_ptr, inverse_rows_ptr,
     streams: tl.int32, groups: tl.int32, class_count: tl.int32, row_count: tl.int64, size_1: tl.int64,
