@@ -9,8 +9,8 @@ ever earlier, so that at any time little more than one network's activations are
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def run_lean(
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
                     logits = logits_of(gradients.run(network.model, inputs))
                     states.end_stream()
-                with frozen_statistics(layers), _second_backward_explained():
+                with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))
                     states.finish_stream()
         finally:
@@ -70,20 +70,6 @@ def run_lean(
     for _, updates in sorted(zip(order, states.stream_statistics, strict=True), key=lambda pair: pair[0]):
         update_running_statistics(updates)
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
-
-
-@contextmanager
-def _second_backward_explained() -> Iterator[None]:
-    """A model that uses an activation beyond the next layer makes two streams' backward meet where none is cut."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise SharedStateError(
-            "the model keeps an activation from before some blocks and uses it after them (or runs blocks side by "
-            "side), so that execution='lean' can't cut the graph where streams part. Use execution='shared'"
-        ) from error
 
 
 class _CutStates(States):

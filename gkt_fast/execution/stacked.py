@@ -12,8 +12,8 @@ not be tensors).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..plan import Layer, Plan, make_plan
 from .batch_norm import StreamStatistics, compiled_batch_norm
 from .block_order import BlockOrder
 from .interception import Site, find_layers, intercept
-from .noise import GeneratorWatch, UnexpectedNoiseError, silence
+from .noise import GeneratorWatch, silence
 from .partition import ghost, lead_and_kept
 from .states import SharedStateError, logits_of, run_watched
 from .step import Network, StepResult, Streams, loss_options
@@ -90,7 +90,6 @@ def run_stacked(
     first_step = not network.returns
     with (
         _RefuseDecisions() if first_step else nullcontext(),
-        _told_as_stacking_errors(),
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
     ):
@@ -100,17 +99,6 @@ def run_stacked(
     loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
     _watch_backward(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
-
-
-@contextmanager
-def _told_as_stacking_errors() -> Iterator[None]:
-    """A model may fail because it brings states together that are stacked differently; run one by one, it may not."""
-    try:
-        yield
-    except (SharedStateError, UnexpectedNoiseError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise StackingError(f"the model's forward fails where states are stacked: {error}") from error
 
 
 class _RefuseDecisions(TorchFunctionMode):
@@ -215,11 +203,6 @@ class _Stack:
             )
         x = args[0]
         if x is not self.passed:
-            if self.stacked != sorted(self.stacked):
-                raise StackingError(
-                    f"the model computes something between two blocks, before {site.path!r}, or runs blocks side by "
-                    "side; execution='stacked' can't tell how the states are stacked there"
-                )
             x = self._arrange(x)
         y = self._run(site, module, (x, *args[1:]), kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != x.shape[0]:
@@ -263,8 +246,8 @@ class _Stack:
     def _arrange(self, x: Tensor) -> Tensor:
         """Of the states in `x` and those put aside, stacks the ones that run the next layer and keeps the others.
 
-        Before a layer that is no block (or at the end) all are stacked, in the order of their streams: the model may
-        compute anything there. Streams that will draw noise of their own before the next block get a ghost batch each.
+        Before a layer that is no block (or at the end) all are stacked: the model may compute anything there. Streams
+        that will draw noise of their own before the next block get a ghost batch each.
         """
         segment = self._until_next_block()
         is_block = bool(segment) and segment[0].is_block
@@ -280,16 +263,11 @@ class _Stack:
         index = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
         stacked = [tuple(streams) for streams in run.values()]
         kept = {state: index[streams[0]] for state, streams in stay.items() if streams[0] in index}
-        places = [index.get(streams[0], -1) for streams in stacked]
-        if is_block and sorted(places) == list(range(len(stacked))):
+        if sorted(index.get(streams[0], -1) for streams in stacked) == list(range(len(stacked))):
             stacked.sort(key=lambda streams: index[streams[0]])
-            places.sort()
-        elif is_block:
-            stacked.sort(key=self._run_length, reverse=True)
-            places = []
-        if places == list(range(len(stacked))):
             x, parts = lead_and_kept(x, rows, len(stacked), list(kept.values()))
         else:
+            stacked.sort(key=self._run_length, reverse=True)
             parts = [ghost(x, i, rows) for i in kept.values()]
             sources = [(streams[0], self._state_of[streams[0]]) for streams in stacked]
             x = torch.cat(
