@@ -291,4 +291,19 @@ ZOO = [
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 3], "layer_type": "basic"},
         "xx .xx",
     ),
+    _transformers("DeiTForImageClassification", _SMALL_TRANSFORMERS_VIT, "xxxx"),
+    _transformers("BeitForImageClassification", _SMALL_TRANSFORMERS_VIT | {"drop_path_rate": 0.0}, "xxxx"),
+    _transformers(
+        "ConvNextV2ForImageClassification",
+        {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2},
+        "xx xx",
+        small_pixels=32,
+        headline=True,
+    ),
+    _transformers(
+        "RegNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 3], "groups_width": 4},
+        ".x .xx",
+        small_pixels=32,
+    ),
 ]

@@ -19,14 +19,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gkt_fast import GKTConfig, GKTTrainer, Subnet
+from gkt_fast import GKTConfig, GKTTrainer, Subnet, method_config
 from gkt_fast.data import Data, digits
 from gkt_fast.models import cifar_resnet
 
 METHODS = {
-    "plain": GKTConfig(groups=0),
-    "Stimulative Training": GKTConfig(groups=1, loops=3, sampler="uniform"),
-    "GKT": GKTConfig(groups=3, loops=1),
+    "plain": method_config("plain"),
+    "Stimulative Training": method_config("st", loops=3),
+    "GKT": method_config("gkt"),
 }
 
 

@@ -73,7 +73,7 @@ class Examples(Dataset):
         return {"pixel_values": image, "labels": label}
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
 
 
@@ -106,12 +106,14 @@ def main() -> None:
         arguments,
         train_dataset=Examples(data.train),
         eval_dataset=Examples(data.test),
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics,
         callbacks=[StepCounter()],
     )
     trainer.train()
-    print(f"accuracy {100 * trainer.evaluate()['eval_accuracy']:.1f} %")
-    model.gkt.model.save_pretrained("huggingface_run/model")
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    if trainer.is_world_process_zero():
+        print(f"accuracy {100 * accuracy:.1f} %")
+        model.gkt.model.save_pretrained("huggingface_run/model")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class GKTModule(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         output = self.gkt(*batch)
         losses = {"train_loss": output.loss, "train_ce": output.ce, "train_kd": output.kd.sum()}
-        self.log_dict(losses, on_step=False, on_epoch=True)
+        self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True)
         return output.loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -66,7 +66,7 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
     plain = sum(layer.flops for layer in layers)
     between = sum(layer.flops for layer in layers if not layer.is_block)
     subnets = sum(between + sum(stage.blocks[group] for stage in chosen) for group in range(config.groups))
-    return (plain + config.loops * subnets) / plain
+    return (config.train_full * plain + config.loops * subnets) / plain
 
 
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:

@@ -83,22 +83,24 @@ def parallelize(gkt: nn.Module, device: torch.device, options: Mapping[str, Any]
     """`gkt` in DistributedDataParallel where there are several processes, else `gkt` itself. Collective.
 
     Args:
-        gkt: the module whose forward gives the loss.
+        gkt: a `GKT`.
         device: where it is.
         options: further arguments of DistributedDataParallel, such as `bucket_cap_mb`.
 
     Raises:
         ValueError: the model is sharded by `fully_shard`.
     """
-    if not is_distributed():
-        return gkt
     if is_sharded(gkt):
         raise ValueError(
             "model is sharded by fully_shard; GKTTrainer trains with DistributedDataParallel, whose checkpoints hold "
             "whole parameters. Train a sharded model with GKT in a loop of your own"
         )
+    if not is_distributed():
+        return gkt
+    # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
+    unused = {"find_unused_parameters": not gkt.config.train_full}
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(gkt, device_ids=device_ids, **(options or {}))
+    return DistributedDataParallel(gkt, device_ids=device_ids, **{**unused, **(options or {})})
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -188,7 +190,7 @@ def average_batch_norm(model: nn.Module) -> None:
         layer.num_batches_tracked.copy_(count)
 
 
-class _UnsynchronizedBatchNorm(nn.SyncBatchNorm):
+class _Unsynchronized(nn.SyncBatchNorm):
     """SyncBatchNorm that stays within its process."""
 
     forward = _BatchNorm.forward
@@ -197,11 +199,13 @@ class _UnsynchronizedBatchNorm(nn.SyncBatchNorm):
 @contextmanager
 def unsynchronized_batch_norm(model: nn.Module) -> Iterator[None]:
     """Inside, SyncBatchNorm layers take their statistics from this process's batch alone, without communication."""
-    layers = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
-    for layer in layers:
-        layer.__class__ = _UnsynchronizedBatchNorm
+    kinds = {module: type(module) for module in model.modules() if isinstance(module, nn.SyncBatchNorm)}
+    for layer, kind in kinds.items():
+        # Behind a subclass, which may add an activation, and before SyncBatchNorm in the order of base classes.
+        bases = (_Unsynchronized,) if kind is nn.SyncBatchNorm else (kind, _Unsynchronized)
+        layer.__class__ = type(kind.__name__, bases, {})
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = nn.SyncBatchNorm
+        for layer, kind in kinds.items():
+            layer.__class__ = kind

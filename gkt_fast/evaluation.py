@@ -26,7 +26,7 @@ class Evaluation:
     Args:
         accuracy: share of rows whose largest logit is the target's, 0 to 1.
         loss: mean cross entropy.
-        samples: number of rows of all ranks: images, or positions of a dense prediction.
+        samples: number of rows: images, or positions of a dense prediction; of all ranks.
         mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
             None where targets are one per image.
     """
@@ -96,10 +96,16 @@ def evaluate(
         model.train(training)
         if statistics:
             model.load_state_dict(statistics, strict=False)
-    hits, total, count = reduce_sum(torch.stack([correct, loss, samples])).tolist()
+    sums = torch.stack([correct, loss, samples])
+    # A rank without a batch doesn't know how many classes there are, but takes part in every reduction.
+    here = torch.tensor([0, 0] if overlap is None else [overlap.shape[1], 1], dtype=sums.dtype, device=device)
+    hits, total, count, classes, dense_ranks = reduce_sum(torch.cat([sums, here])).tolist()
     if count == 0:
         raise ValueError("loader gave no row to evaluate")
-    mean_iou = None if overlap is None else _mean_iou(reduce_sum(overlap.double()))
+    mean_iou = None
+    if dense_ranks:
+        nothing = torch.zeros(3, round(classes / dense_ranks), dtype=torch.int64, device=device)
+        mean_iou = _mean_iou(reduce_sum(nothing if overlap is None else overlap))
     return Evaluation(hits / count, total / count, int(count), mean_iou)
 
 

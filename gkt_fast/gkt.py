@@ -168,10 +168,9 @@ class GKT(nn.Module):
         config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
         streams = Streams(self._dropped(subnets), config, tuple(sample_resolutions(config, step)))
         several = len(streams.dropped) > 1
+        looks = self.training and several and not self._looked_for_noise
+        watch = GeneratorWatch(self.model) if looks else None
         run = self._run if several else run_plain
-        watch = (
-            None if self._looked_for_noise or not (self.training and several) else GeneratorWatch(self.model)
-        )
         result = run(network, inputs, targets, streams, loss_scale)
         if watch is not None:
             self._looked_for_noise = True

@@ -120,9 +120,7 @@ class GKTTrainer:
         self._average = None if ema_decay is None else WeightAverage(model, ema_decay)
         if compile_blocks:
             compilation.compile_blocks(model, self.gkt.stages)
-        # Without the full network a step leaves the dropped blocks out, the same ones on every rank.
-        unused = {"find_unused_parameters": not self.config.train_full}
-        self._parallel_gkt = parallelize(self.gkt, self.device, {**unused, **(ddp_options or {})})
+        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval

@@ -329,11 +329,20 @@ def check_evaluation_is_over_all_ranks() -> None:
 
 
 def check_evaluation_of_sync_batch_norm_needs_no_gpu_and_as_many_batches_everywhere() -> None:
+    class WithActivation(nn.SyncBatchNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(x))
+
     model = nn.SyncBatchNorm.convert_sync_batchnorm(batch_norm_net())
+    model.bn1.__class__ = WithActivation
     whole = data(37)
     calibration = [data(4, seed)[:] for seed in range(1 + dist.get_rank())]
+    outputs: list[Tensor] = []
+    hook = model.bn1.register_forward_hook(lambda layer, args, output: outputs.append(output))
     evaluate(model, DataLoader(share(whole), 4), (1, 1, 1), calibration_loader=calibration)
-    assert type(model.bn1) is nn.SyncBatchNorm
+    hook.remove()
+    assert all(output.min() == 0 for output in outputs)
+    assert [type(model.bn1), type(model.layer1[0].bn1)] == [WithActivation, nn.SyncBatchNorm]
 
 
 def make_trainer(execution: str = "stacked") -> GKTTrainer:

@@ -23,7 +23,7 @@ from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main
 from gkt_fast.ops import BackendError, build_info, explain, registry
 
-TINY = ["train", "--model", "cifar_resnet8", "--train-images", "40", "-b", "20", "--epochs", "1"]
+TINY = ["train", "--model", "cifar_resnet14", "--train-images", "40", "-b", "20", "--epochs", "1"]
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_resume_from_a_named_checkpoint_or_not_at_all(run, tmp_path):
 def test_one_command_trains_by_any_method(run, tmp_path, method):
     code, _, err = run(*TINY, "--method", method, "--kd-weight", 0.5, "--output", tmp_path)
     assert (code, err) == (0, "")
-    folder = tmp_path / f"cifar_resnet8-{method}"
+    folder = tmp_path / f"cifar_resnet14-{method}"
     assert GKTConfig.from_yaml(folder / "config.yaml") == method_config(method, 8, kd_weight=0.5)
     assert len(summary(folder)) == 1
 
@@ -200,7 +200,7 @@ def test_the_arguments_of_every_method_give_the_same_configuration(run, tmp_path
     for method in METHODS:
         flags = [*TINY, "--epochs", 0, "--method", method, "--output", tmp_path]
         assert run(*flags)[0] == 0
-        written = tmp_path / f"cifar_resnet8-{method}"
+        written = tmp_path / f"cifar_resnet14-{method}"
         assert run("train", "-c", written / "args.yaml", "--experiment", "again")[0] == 0
         assert (tmp_path / "again" / "config.yaml").read_text() == (written / "config.yaml").read_text()
 
@@ -229,7 +229,7 @@ def test_deterministic_and_compiled_blocks_reach_the_trainer(run, monkeypatch):
 
 
 def test_configuration_file_with_the_names_of_flags(run, tmp_path):
-    values = {"model": "cifar_resnet8", "train_images": 40, "batch_size": 20, "epochs": 7, "lr": "1e-2",
+    values = {"model": "cifar_resnet14", "train_images": 40, "batch_size": 20, "epochs": 7, "lr": "1e-2",
               "sched": "none", "channels_last": True, "groups": 2, "min_depth": [0, 1, 1], "experiment": "x",
               "evaluate_depths": [[0, 1, 1], "1-1-1"], "resume": "", "device": None}  # fmt: skip
     path = tmp_path / "train.yaml"
@@ -283,7 +283,7 @@ def test_every_hyper_parameter_has_a_flag(run, tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    "model, size", [("cifar_resnet8", 16), ("resnet18", 72), ("timm:resnet18", 32)], ids=str
+    "model, size", [("cifar_resnet14", 16), ("resnet18", 72), ("timm:resnet18", 32)], ids=str
 )
 def test_image_folder(run, tmp_path, model, size):
     if model.startswith("timm:"):
@@ -307,7 +307,7 @@ def test_cifar10(run, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
     code, out, err = run(
-        "train", "--data", f"cifar10:{tmp_path}", "--model", "cifar_resnet8", "-b", 10, "--epochs", 1
+        "train", "--data", f"cifar10:{tmp_path}", "--model", "cifar_resnet14", "-b", 10, "--epochs", 1
     )
     assert (code, err) == (0, "")
     assert "(4 images)" in out
@@ -352,8 +352,8 @@ def test_data_that_is_not_what_it_must_be(run, tmp_path):
         (["--log-interval", "0"], "argument --log-interval: '0' must be an integer of at least 1"),
         (["--evaluate-depths", "1-x"], "argument --evaluate-depths: '1-x' must be numbers joined by '-'"),
         (
-            ["--evaluate-depths", "2-1-1"],
-            "evaluate_depths: depths is (2, 1, 1); its entry 0 must be between 0",
+            ["--evaluate-depths", "3-1-1"],
+            "evaluate_depths: depths is (3, 1, 1); its entry 0 must be between 0",
         ),
         (["--resume", "gone.pt"], "there is no checkpoint at gone.pt"),
         (["--output", "/dev/null/runs"], "/dev/null/runs"),

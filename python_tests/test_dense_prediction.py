@@ -276,6 +276,36 @@ def test_evaluation_of_dense_targets():
     assert result.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("first", [6, 3])
+def test_every_rank_gets_the_result_over_all_samples(monkeypatch, first):
+    """Two ranks one after the other: each adds what the other gave to the reduction. One of them may have no batch."""
+    torch.manual_seed(0)
+    model = fcn().eval()
+    samples = list(segmentation_loader().dataset)
+    shares = [DataLoader(samples[:first], 3), DataLoader(samples[first:], 3) if first < 6 else []]
+    whole = evaluate(model, segmentation_loader(), ignore_index=IGNORED)
+    given = [[], []]
+    for ranks in ((0, 1), (0,), (1,)):  # until both have given to both reductions
+        for rank in ranks:
+            others = list(given[1 - rank])
+            given[rank] = []
+
+            def reduce_sum(tensor, rank=rank, others=others):
+                other = (
+                    others[len(given[rank])] if len(given[rank]) < len(others) else torch.zeros_like(tensor)
+                )
+                given[rank].append(tensor)
+                return tensor + other
+
+            monkeypatch.setattr("gkt_fast.evaluation.reduce_sum", reduce_sum)
+            try:
+                result = evaluate(model, shares[rank], ignore_index=IGNORED)
+            except ValueError:  # as long as no rank has given a row
+                continue
+    assert (result.samples, result.accuracy) == (whole.samples, whole.accuracy)
+    assert result.mean_iou == pytest.approx(whole.mean_iou, rel=1e-12)
+
+
 def test_classes_that_do_not_occur_are_no_part_of_the_mean():
     class Fixed(nn.Module):
         def forward(self, x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ import torch
 from distributed_checks import JOINED_BATCH, data, loader, make_trainer
 from reference_step import one_thread  # noqa: F401
 from torch import Tensor
+from torch.distributed.run import get_args_parser as torchrun_arguments
 from torch.utils.data import DataLoader, DistributedSampler
 
 from gkt_fast import GKT, GKTConfig
 from gkt_fast.checkpoint import load_checkpoint
-from gkt_fast.cli import main
+from gkt_fast.cli import main, train
 from gkt_fast.distributed import (
     agree,
     any_rank,
@@ -143,6 +145,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_error_and_leaves_the_last_checkp
 def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(tmp_path, capsys):
     flags = ["train", "--model", "cifar_resnet8", "--train-images", "40", "-b", "5", "--sched", "none"]
     flags += ["--log-interval", "1", "--device", "cpu", "--output", str(tmp_path), "--experiment", "x"]
+    flags += ["--loggers", "tensorboard"]
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "gkt_fast", *flags, "--epochs", "100000"],
         env=ENVIRONMENT,
@@ -161,6 +164,7 @@ def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(
     assert process.returncode != 0
     stopped = load_checkpoint(tmp_path / "x" / "last.pt")
     assert len(stopped["random_states"]) == 2
+    assert len([*(tmp_path / "x" / "tensorboard").iterdir()]) == 1, "rank 0 alone logs"
     steps, epoch = int(stopped["gkt"][0]), stopped["epoch"]
     assert steps == 4 * epoch + stopped["batches_done"]
     assert main([*flags, "-b", "10", "--epochs", str(epoch + 1)]) == 0
@@ -168,6 +172,17 @@ def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(
     assert finished["epoch"] == epoch + 1
     assert finished["gkt"][0] == 4 * (epoch + 1)
     assert f"Epoch {epoch + 1}/{epoch + 1}" in capsys.readouterr().out
+
+
+def test_torchrun_passes_every_flag_on():
+    """It refuses what could be an abbreviation of several flags of its own, also behind the script's name."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    for flag in flags - {"--log"}:
+        arguments = ["--nproc-per-node", "2", "-m", "gkt_fast", "train", flag, "x"]
+        assert torchrun_arguments().parse_args(arguments).training_script_args == ["train", flag, "x"]
+    assert "--loggers" in flags
 
 
 def test_a_single_process_needs_no_group():

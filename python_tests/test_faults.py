@@ -134,6 +134,7 @@ assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "last.p
 """
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits of the kernel")
 def test_a_full_disk_is_an_error_that_keeps_the_old_checkpoint(tmp_path):
     """A limit on the size of files, which the kernel holds a process to as it does a disk."""
     result = subprocess.run(

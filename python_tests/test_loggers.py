@@ -73,7 +73,7 @@ def test_a_resumed_run_replaces_later_epochs_in_tensorboard(tmp_path):
     ("flags", "message"),
     [
         (["--log", "tensorboard"], "log is tensorboard and output is not given"),
-        (["--log", "paper"], "argument --log: invalid choice: 'paper'"),
+        (["--log", "paper"], "argument --log/--loggers: invalid choice: 'paper'"),
         (["--track-depths", "9-1-1"], "val_depths: depths is (9, 1, 1); its entry 0 must be between"),
     ],
 )

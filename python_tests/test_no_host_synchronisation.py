@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gkt_fast import GKT, GKTConfig
+from gkt_fast import GKT, GKTConfig, GKTTrainer, LinearWarmup
 from gkt_fast.models import cifar_resnet
 
 
@@ -74,6 +74,45 @@ def test_a_step_neither_waits_nor_copies(execution, batch_norm):
     assert "aten.convolution_backward.default" in crossings.ops
     if execution == "stacked":
         assert "gkt_fast.ghost_batch_norm_backward.default" in crossings.ops
+
+
+def trainer_step(execution: str, accumulate: int):
+    """`GKTTrainer.step` and the metrics of `fit`, with all options; the host's own counters live on the CPU."""
+    model = cifar_resnet(20, num_classes=10)
+    images, targets = torch.empty(4, 3, 16, 16), torch.empty(4, dtype=torch.int64)
+    with torch.device("cpu"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = GKTTrainer(
+            model,
+            optimizer,
+            GKTConfig(groups=2, loops=2, execution=execution),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100),
+            scheduler_interval="step",
+            accumulate=accumulate,
+            clip_grad_norm=1.0,
+            ema_decay=0.9,
+            kd_schedule=LinearWarmup(10),
+            skip_nonfinite=True,
+        )
+
+    def step():
+        for number in range(2 * accumulate):
+            trainer.metrics.update(trainer.step(images, targets), number)
+
+    step()  # the first average is a copy, for which torch reads its own counter
+    return step
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("execution", ["sequential", "shared", "stacked", "lean"])
+def test_a_trainers_step_neither_waits_nor_copies(execution, accumulate):
+    crossings = note(lambda: trainer_step(execution, accumulate), "meta")
+    assert not crossings.crossing
+    assert {
+        "aten.linalg_vector_norm.default",
+        "aten._foreach_lerp_.Scalar",
+        "aten.where.self",
+    } <= crossings.ops
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by what counts FLOPs, once

@@ -276,19 +276,15 @@ def checkpoint(tmp_path_factory):
         "1-2-1",
     ]
     assert main([*flags, "--output", str(folder), "--experiment", "x"]) == 0
-    (folder / "x" / "args.yaml").unlink(missing_ok=True)
     return folder / "x"
 
 
 def test_the_command_prints_writes_draws_and_exports(checkpoint, tmp_path, capsys):
-    (checkpoint / "args.yaml").write_text(
-        yaml.safe_dump(
-            {"model": "cifar_resnet14", "train_images": 60, "batch-size": 20, "device": "abacus", "lr": 0.1}
-        )
-    )
+    written = yaml.safe_load((checkpoint / "args.yaml").read_text())
+    (checkpoint / "args.yaml").write_text(yaml.safe_dump(written | {"device": "of another machine"}))
     arguments = ["subnets", checkpoint, "--output", tmp_path / "out", "--export-onnx", tmp_path / "best.onnx"]
     assert main([str(a) for a in [*arguments, "--budget-flops", "2.7e6"]]) == 0
-    (checkpoint / "args.yaml").unlink()
+    (checkpoint / "args.yaml").write_text(yaml.safe_dump(written))
     out = capsys.readouterr().out
     assert out.splitlines()[0] == f"cifar_resnet14, {checkpoint / 'best.pt'}, 1737 images"
     shown = re.findall(r"^(\d-\d-\d) +([\d,]+) +([\d.]+) +([\d.]+) % +[\d.]+(  \*)?$", out, re.MULTILINE)
@@ -385,13 +381,14 @@ def test_bad_values_end_with_code_2_and_a_message(checkpoint, tmp_path, monkeypa
     ],
 )
 def test_bad_files_of_arguments(checkpoint, capsys, text, message):
+    written = (checkpoint / "args.yaml").read_text()
     (checkpoint / "args.yaml").write_text(text)
     try:
         code = main(["subnets", str(checkpoint)])
     except SystemExit as exit:
         code = exit.code
     finally:
-        (checkpoint / "args.yaml").unlink()
+        (checkpoint / "args.yaml").write_text(written)
     assert code == 2 and message in capsys.readouterr().err
 
 
@@ -401,6 +398,32 @@ def test_checkpoints_that_are_none(tmp_path, capsys):
     (tmp_path / "x.pt").write_text("nothing")
     assert main(["subnets", str(tmp_path / "x.pt")]) == 2
     assert "can't be read" in capsys.readouterr().err
+
+
+def test_averaged_weights_and_depths_within_a_budget(checkpoint, tmp_path, capsys, monkeypatch):
+    flags = ["--min-depth", "2", "--output", str(tmp_path), "--ema"]
+    assert main(["subnets", str(checkpoint), *flags]) == 2
+    assert "best.pt holds no averaged weights" in capsys.readouterr().err
+    train = [
+        "train",
+        "--config",
+        str(checkpoint / "args.yaml"),
+        "--ema-decay",
+        "0.5",
+        "--experiment",
+        "averaged",
+    ]
+    assert main(train) == 0
+    folder = checkpoint.parent / "averaged"
+    taken = []
+    monkeypatch.setattr(
+        "gkt_fast.cli.subnets.evaluate_subnets", lambda model, *_, **__: taken.append(model) or TABLE
+    )
+    assert main(["subnets", str(folder), *flags]) == 0
+    averaged = load_checkpoint(folder / "best.pt")["ema"]
+    for name, value in taken[0].state_dict().items():
+        assert torch.equal(value, averaged[f"module.{name}"]), name
+    assert not torch.equal(taken[0].fc.weight, load_checkpoint(folder / "best.pt")["model"]["fc.weight"])
 
 
 def test_no_subnet_qualifies(checkpoint, tmp_path, capsys):

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import check_model_state, load_checkpoint
+from ..checkpoint import CheckpointError, check_model_state, load_checkpoint
+from ..config import GKTConfig
 from ..data import Data, load_data
 from ..export import check_writable, export_onnx
 from ..extraction import extract_subnet, recalibrate_batch_norm
-from ..subnet import Subnet
+from ..gkt import GKT
 from ..subnet_table import (
     SubnetResult,
     best_subnet,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run_arguments(
         parser.add_argument_group("Flags of train; by default as in args.yaml beside the checkpoint")
     )
+    add("--ema", action="store_true", help="take the averaged weights (train --ema-decay)")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add(
         "--device",
@@ -91,20 +93,22 @@ def print_subnets(args: argparse.Namespace) -> None:
     checkpoint = _find_checkpoint(args.checkpoint)
     run = _run_arguments(checkpoint.parent, args)
     state = load_checkpoint(checkpoint)
+    weights = _averaged_weights(state, checkpoint) if args.ema else state["model"]
     data = load_data(run.data, run.image_size, run.train_images)
     model = build_model(run.model, data)
-    check_model_state(model, state["model"], checkpoint)
-    model.load_state_dict(state["model"])
+    check_model_state(model, weights, checkpoint)
+    model.load_state_dict(weights)
     model.to(args.device).eval()
     output = checkpoint.parent if args.output is None else args.output
     output.mkdir(parents=True, exist_ok=True)
     if args.export_onnx is not None:
         check_writable(args.export_onnx)
     train_loader, test_loader = _loaders(run, data)
+    example = next(iter(test_loader))[0][:1]
     results = evaluate_subnets(
         model,
         test_loader,
-        min_depth=_trained_depth(state) if args.min_depth is None else args.min_depth,
+        min_depth=_trained_depth(model, state, example) if args.min_depth is None else args.min_depth,
         max_subnets=args.max_subnets,
         calibration_loader=train_loader,
         calibration_samples=args.calibration_samples,
@@ -120,7 +124,9 @@ def print_subnets(args: argparse.Namespace) -> None:
     best = best_subnet(results, budget_flops=args.budget_flops, min_accuracy=args.min_accuracy)
     print(f"Best: depths {best.subnet}, accuracy {100 * best.accuracy:.2f} %, {best.flops / 1e6:.2f} MFLOPs")
     if args.export_onnx is not None:
-        _export(model, best.subnet, args, train_loader)
+        network = extract_subnet(model, best.subnet)
+        recalibrate_batch_norm(network, train_loader, args.calibration_samples)
+        export_onnx(network, args.export_onnx, inputs=example)
         print(f"Written to {args.export_onnx}")
 
 
@@ -148,10 +154,20 @@ def _run_arguments(folder: Path, args: argparse.Namespace) -> argparse.Namespace
     return argparse.Namespace(**(vars(run) | given))
 
 
-def _trained_depth(state: dict[str, Any]) -> int | Sequence[int]:
+def _averaged_weights(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The state of `AveragedModel`, as that of the network itself."""
+    if state["ema"] is None:
+        raise CheckpointError(f"{checkpoint} holds no averaged weights; train writes them with --ema-decay")
+    prefix = "module."
+    return {key.removeprefix(prefix): value for key, value in state["ema"].items() if key.startswith(prefix)}
+
+
+def _trained_depth(model: nn.Module, state: dict[str, Any], images: Tensor) -> int | Sequence[int]:
     """The smallest depths that were trained: those of the configuration, or as solved for its budget."""
-    solved = state["gkt"]["min_depth"]
-    return state["config"]["min_depth"] if solved is None else solved
+    gkt = GKT(model, GKTConfig.from_dict(state["config"]).replace(fuse_blocks=False))
+    gkt.set_extra_state(state["gkt"])
+    gkt.layers(images)
+    return gkt.sampling_config().min_depth
 
 
 def _loaders(run: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader]:
@@ -171,9 +187,3 @@ def _print_table(results: Sequence[SubnetResult]) -> None:
             f"{'  *' if r in front else ''}"
         )
     print("* no subnet is as accurate at the same cost or less")
-
-
-def _export(model: nn.Module, subnet: Subnet, args: argparse.Namespace, train_loader: DataLoader) -> None:
-    network = extract_subnet(model, subnet)
-    recalibrate_batch_norm(network, train_loader, args.calibration_samples)
-    export_onnx(network, args.export_onnx, inputs=next(iter(train_loader))[0])

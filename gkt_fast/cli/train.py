@@ -160,7 +160,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--experiment", help="name of the run's folder")
     add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
     add("--log-interval", type=parse_integer(1), default=50)
-    add("--log", choices=["tensorboard", "wandb"], nargs="+", default=[], help="beside summary.csv")
+    add(
+        "--log",
+        "--loggers",  # torchrun takes --log, even behind the script's name, for an abbreviation of its own flags
+        choices=["tensorboard", "wandb"],
+        nargs="+",
+        default=[],
+        help="beside summary.csv; under torchrun --loggers",
+    )
     add("--wandb-project", default="gkt_fast")
     add(
         "--track-depths",

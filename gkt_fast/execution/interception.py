@@ -48,7 +48,7 @@ class Site:
 
 
 def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
-    """The blocks, and every outermost module that is no block and contains none (stem, transitions, head).
+    """The blocks, and every outermost module that is no block, contains none and can be called (stem, head).
 
     Raises:
         ValueError: two blocks are one place, because their container stands in the model twice.
@@ -67,7 +67,8 @@ def find_sites(model: nn.Module, stages: Iterable[Stage]) -> list[Site]:
             child_path = f"{path}.{name}" if path else name
             if child is None:
                 continue
-            if child_path in ancestors and child_path not in blocks:
+            is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # never called, but what it holds is
+            if child_path not in blocks and (child_path in ancestors or is_list):
                 visit(child, child_path)
             elif (id(module), name) not in seen:
                 seen.add((id(module), name))

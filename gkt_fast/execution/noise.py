@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .interception import Site, intercept
 
@@ -38,10 +39,12 @@ class GeneratorWatch:
         self._seen = self._states()
 
     def _states(self) -> tuple[Any, ...]:
-        tensors = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            tensors.append(torch.cuda.get_rng_state(self._device))
-        return random.getstate(), *(tensor.numpy().tobytes() for tensor in tensors)
+        # The states are real where FakeTensorMode makes all other tensors fake, for a GPU that needn't be there.
+        with _disable_current_modes():
+            tensors = [torch.get_rng_state()]
+            if self._device.type == "cuda" and torch.cuda.is_available():
+                tensors.append(torch.cuda.get_rng_state(self._device))
+            return random.getstate(), *(tensor.numpy().tobytes() for tensor in tensors)
 
     def moved(self) -> bool:
         """Whether a generator moved on since the last call."""

@@ -43,6 +43,7 @@ def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
     """Runs all blocks once, in evaluation mode, to see how many values each returns."""
     blocks = [site for site in network.sites if site.is_block]
     order = BlockOrder(blocks)
+    order.begin_stream()
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         order.call(site)

@@ -144,7 +144,11 @@ def _has_skip_connection(block: nn.Module) -> bool | None:
 
 
 class _BlockTracer(torch.fx.Tracer):
-    """Traces one block's own forward; everything inside it stays a call, optional arguments have their defaults."""
+    """Traces one block's own forward; everything inside it stays a call.
+
+    Arguments that are None by default may be activations (a shortcut that the caller computes); flags and numbers have
+    their defaults.
+    """
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
@@ -152,13 +156,14 @@ class _BlockTracer(torch.fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        required = [
-            parameter.name
+        arguments = [
+            self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.default is inspect.Parameter.empty or parameter.default is None
+            else parameter.default
             for parameter in list(inspect.signature(root_fn).parameters.values())[1:]
-            if parameter.kind in _POSITIONAL and parameter.default is inspect.Parameter.empty
+            if parameter.kind in _POSITIONAL
         ]
-        names = required or ["input"]
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        return root_fn, [self.root, *(arguments or [self.create_proxy("placeholder", "input", (), {})])]
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -216,9 +221,14 @@ def _is_size(node: Any, source: torch.fx.Node, dim: int) -> bool:
 
 def _passes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        return isinstance(module, _PASSING_MODULES) or type(module).__name__.endswith(_PASSING_MODULE_NAMES)
+        return _is_passing_module(modules[str(node.target)])
     return node.op in ("call_function", "call_method") and node.target in _PASSING_FUNCTIONS
+
+
+def _is_passing_module(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:  # an empty one stands for a shortcut in some models
+        return all(map(_is_passing_module, module))
+    return isinstance(module, _PASSING_MODULES) or type(module).__name__.endswith(_PASSING_MODULE_NAMES)
 
 
 def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]:

@@ -1,0 +1,194 @@
+"""What finding, intercepting and looking up states costs: `shared` execution against a shared step written by hand.
+
+    python bench/overhead.py --model cifar_resnet56
+
+Both run the same blocks on the same subnets, every distinct activation once, and the same loss. The one written by
+hand knows the network: it walks its three stages and keeps their activations in dicts. Reported is the median over the
+steps of the time of `shared` relative to it, and both relative to a plain step of the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, environment, measure, print_table, write_csv
+from models import MODELS
+from throughput import gkt_step, plain_step
+from torch import Tensor, nn
+
+from gkt_fast import GKT, GKTConfig, fuse_blocks, group_knowledge_loss
+from gkt_fast.models import CifarResNet
+
+WARMUP = 2
+COLUMNS = ["model", "step", "overhead_percent", "ratio", "median_ms", "lower_ms", "upper_ms"]
+CIFAR_RESNETS = [name for name in MODELS if name.startswith("cifar_resnet")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=CIFAR_RESNETS, default="cifar_resnet56")
+    parser.add_argument("--batch-size", type=int, help="default: the model's own")
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument(
+        "--fuse", action=argparse.BooleanOptionalAction, default=True, help="run fused blocks"
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "overhead.csv")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = run(args)
+    write_csv(args.csv, rows)
+    print_table(rows, COLUMNS)
+    print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {args.csv}")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Measures plain, hand-written and shared steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = MODELS[args.model]
+    batch_size = args.batch_size or spec.batch_size
+    torch.manual_seed(0)
+    model = spec.build().to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch_size, *spec.sample, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    targets = torch.randint(spec.classes, (batch_size,), device=device)
+    if args.fuse:
+        fuse_blocks(model)
+    config = GKTConfig(groups=args.groups, loops=args.loops, execution="shared", fuse_blocks=args.fuse)
+    steps = {
+        "plain": plain_step(copy.deepcopy(model), images, targets),
+        "by hand": hand_written_training_step(GKT(copy.deepcopy(model), config), images, targets),
+        "shared": gkt_step(GKT(copy.deepcopy(model), config), images, targets),
+    }
+    timings = measure(steps, args.repeats, WARMUP)
+    by_hand = timings["by hand"].milliseconds
+    return [
+        {
+            "model": args.model,
+            "step": name,
+            "overhead_percent": 100
+            * (statistics.median(map(lambda a, b: a / b, timing.milliseconds, by_hand)) - 1)
+            if name != "plain"
+            else "",
+            "ratio": timing.median / timings["plain"].median,
+            "median_ms": timing.median,
+            "lower_ms": timing.lower,
+            "upper_ms": timing.upper,
+            "batch_size": batch_size,
+            "groups": args.groups,
+            "loops": args.loops,
+            "fused": args.fuse,
+            "repeats": args.repeats,
+            **environment(),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def hand_written_training_step(gkt: GKT, images: Tensor, targets: Tensor) -> Callable[[], None]:
+    """As `throughput.gkt_step`, on the same subnets, without the package's execution."""
+    steps = itertools.count()
+    optimizer = torch.optim.SGD(gkt.model.parameters(), lr=1e-3, momentum=0.9)
+    norms = [module for module in gkt.model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def step() -> None:
+        depths = [subnet.depths for subnet in gkt.sample(next(steps))]
+        loss, _ = hand_written_step(gkt.model, norms, images, targets, depths, gkt.config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def hand_written_step(
+    model: CifarResNet,
+    norms: Sequence[nn.BatchNorm2d],
+    images: Tensor,
+    targets: Tensor,
+    depths: Sequence[tuple[int, ...]],
+    config: GKTConfig,
+) -> tuple[Tensor, Tensor]:
+    """Loss and terms of a step: the full network, then the subnets that keep the first blocks of each stage.
+
+    Args:
+        model: the network.
+        norms: its BatchNorm layers; only the full network updates their running statistics.
+        images: (B, C, H, W).
+        targets: (B,).
+        depths: of the subnets.
+        config: weights of the loss.
+    """
+    stages = (model.layer1, model.layer2, model.layer3)
+    full = tuple(map(len, stages))
+    activations: dict[tuple[int, ...], Tensor] = {}
+
+    def run_stage(before: tuple[int, ...], depth: int) -> None:
+        """Extends what is known of the stage behind `before` to `depth` blocks."""
+        blocks = stages[len(before)]
+        for k in range(depth):
+            if (*before, k + 1) not in activations:
+                x = activations[(*before, k) if k else before]
+                activations[(*before, k + 1)] = blocks[k](x)
+
+    def run_stream(stream: tuple[int, ...]) -> None:
+        for stage, depth in enumerate(stream):
+            run_stage(stream[:stage], depth)
+            if depth == 0:
+                activations[stream[: stage + 1]] = activations[stream[:stage]]
+
+    activations[()] = F.relu(model.bn1(model.conv1(images)))
+    run_stream(full)
+    logits = {full: _head(model, activations[full])}
+    with _without_updates(norms):
+        for stream in depths:
+            if stream not in logits:
+                run_stream(stream)
+                logits[stream] = _head(model, activations[stream])
+    stacked = torch.stack([logits[stream] for stream in (full, *depths)])
+    return group_knowledge_loss(
+        stacked,
+        targets,
+        groups=config.groups,
+        loops=config.loops,
+        ema=config.ema,
+        temperature=config.temperature,
+        normalize_logits=config.normalize_logits,
+        ce_weight=config.ce_weight,
+        kd_weight=config.kd_weight,
+        subnet_ce_weight=config.subnet_ce_weight,
+    )
+
+
+def _head(model: CifarResNet, x: Tensor) -> Tensor:
+    return model.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+@contextmanager
+def _without_updates(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
+    """The layers normalise by their batch, and leave their running statistics alone."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+if __name__ == "__main__":
+    main()
