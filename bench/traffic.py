@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 from cuda_host import build
 
 LOGITS = {"classes together": (4, 16, 64), "positions together": (4, 2, 16, 4, 8)}
-ACTIVATIONS = (8, 8, 16, 32)
+ACTIVATIONS = (4, 4, 16, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = {"cuda": "cuda-host", "triton": "triton"}
 

@@ -41,7 +41,7 @@ SMALL = {
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
     "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
     "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",
-    "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 8 --output {tmp}/demo",
+    "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 14 --output {tmp}/demo",
     "examples/minimal.py": "",
     "examples/segmentation.py": "--train-images 4 --test-images 4 --batch-size 4 --epochs 1 "
     "--output {tmp}/segmentation",

@@ -6,7 +6,9 @@ ones. Modes that hold more than one stream's activation at a time need to know.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +53,10 @@ def older_reads(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]
         found.append(_older((args, kwargs), positions, len(found)))
         return cut(module(*args, **kwargs))
 
-    with torch.enable_grad(), intercept(model, sites, call):
+    # Compiled blocks would be compiled once more for this. Without them the compiler need not be imported.
+    compiler = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+    with eager, torch.enable_grad(), intercept(model, sites, call):
         logits = logits_of(model(*cut(inputs)))
     return [*found, _older(logits, positions, len(found))]
 

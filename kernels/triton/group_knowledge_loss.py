@@ -92,13 +92,13 @@ class _Tile(NamedTuple):
 
 
 def _tile(innermost: str, step: int, classes: int) -> _Tile:
-    """Small enough for a thread to have a share in two rows at most, each of which costs it some thirty registers."""
+    """Small, since each row that a thread has a share in costs it some thirty registers."""
     if innermost == "rows":  # as many rows as one access moves
-        return _Tile(64, 32, 8, 128 if step == 1 else 255)
+        return _Tile(64, 32, 8, 168 if step == 1 else 255)
     if innermost == "none" or classes <= 32:
         return _Tile(4 * max(step, 2), 32, 4)
     if classes <= 256:
-        return _Tile(2, 256, 2)
+        return _Tile(1, 256, 1, 168) if step == 1 else _Tile(2, 256, 2)
     return _Tile(1, 1024, 4) if classes <= 1024 else _Tile(1, 2048, 8)
 
 
