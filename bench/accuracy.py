@@ -3,11 +3,11 @@
     python bench/accuracy.py imagefolder:PATH --train-images 1000 --epochs 100 --seeds 0 1 2
     python bench/accuracy_report.py
 
-PATH holds train/CLASS/* and test/CLASS/* (CIFAR-10 as images, for instance). A run that has its row is skipped, one
-that was cut off goes on from its last epoch, and `--minutes` bounds when new runs are started: so the whole can be run
-in pieces. Every run of a seed starts from the same weights and sees the same order of images; the training images
-are the same in all runs. What a step costs is measured first, in CPU time of one thread and with the recipes in
-turn, and kept (`accuracy_cost.csv`): wall-clock times of runs on a busy machine say little.
+PATH holds train/CLASS/*, and test/CLASS/* or val/CLASS/* (CIFAR-10 as images, for instance). A run that has its row is
+skipped, one that was cut off goes on from its last epoch, and `--minutes` bounds when new runs are started: so the
+whole can be run in pieces. Every run of a seed starts from the same weights and sees the same order of images; the
+training images are the same in all runs. What a step costs is measured first, in CPU time of one thread and with the
+recipes in turn, and kept (`accuracy_cost.csv`): wall-clock times of runs on a busy machine say little.
 """
 
 from __future__ import annotations
@@ -140,8 +140,13 @@ def load(args: argparse.Namespace) -> dict[str, Images]:
     cache = args.work / f"images_{args.image_size}_{args.train_images}_{args.test_images}.pt"
     if cache.exists():
         return {split: Images(*tensors) for split, tensors in torch.load(cache).items()}
-    numbers = {"train": args.train_images, "test": args.test_images}
-    data = {split: decode(Path(path) / split, number, args.image_size) for split, number in numbers.items()}
+    test = next((Path(path) / name for name in ("test", "val") if (Path(path) / name).is_dir()), None)
+    if test is None or not (Path(path) / "train").is_dir():
+        raise SystemExit(f"{path} must hold the folders train, and test or val")
+    data = {
+        "train": decode(Path(path) / "train", args.train_images, args.image_size),
+        "test": decode(test, args.test_images, args.image_size),
+    }
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save({split: (part.images, part.targets) for split, part in data.items()}, cache)
     return data
