@@ -21,12 +21,17 @@ from gkt_fast.ops.native import DTYPES
 KERNELS = build.HERE / "kernels"
 
 
+def unavailable(reason: str) -> None:
+    """Skips, or fails where GKT_REQUIRE names the host runtime."""
+    required = "cuda-host" in os.environ.get("GKT_REQUIRE", "").split(",")
+    (pytest.fail if required else pytest.skip)(f"cuda-host: {reason}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tools():
     reason = build.missing_tools()
     if reason:
-        required = "cuda-host" in os.environ.get("GKT_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)(f"cuda-host: {reason}")
+        unavailable(reason)
 
 
 @pytest.fixture(scope="module", params=[(), ("CUDA_HOST_UCONTEXT",)], ids=["native-fibers", "ucontext"])
@@ -267,7 +272,7 @@ def test_out_of_bounds_under_address_sanitizer():
     try:
         environment = address_sanitizer.environment()
     except build.CompilationError as error:
-        pytest.skip(str(error))
+        unavailable(f"no AddressSanitizer: {error}")
     code = f"""
 import ctypes
 from cuda_host import address_sanitizer, build
