@@ -28,7 +28,7 @@ from harness import RESULTS, environment, write_csv
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gkt_fast import GKTTrainer, extract_subnet, method_config
+from gkt_fast import GKTTrainer, LinearWarmup, extract_subnet, method_config
 from gkt_fast.models import cifar_resnet
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -44,12 +44,14 @@ class Recipe:
         changes: fields of `GKTConfig` that differ from the method's.
         alone: depths of the network that is trained; None: the full one.
         costs_as: train for as many epochs as cost what this recipe costs at the epochs asked for.
+        kd_warmup: share of the training in which the distillation terms' weight rises from 0.
     """
 
     method: str
     changes: dict[str, Any] = field(default_factory=dict)
     alone: tuple[int, ...] | None = None
     costs_as: str | None = None
+    kd_warmup: float = 0.0
 
 
 METHODS = {
@@ -75,6 +77,7 @@ CHOICES = {
     "gkt, temperature 2": Recipe("gkt", {"temperature": 2.0}),
     "gkt, kd_weight 0.5": Recipe("gkt", {"kd_weight": 0.5}),
     "gkt, kd_weight 2": Recipe("gkt", {"kd_weight": 2.0}),
+    "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2),
     "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}),
     "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}),
     "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "sequential"}),
@@ -218,7 +221,15 @@ def make_trainer(name: str, seed: int, epochs: int, args: argparse.Namespace) ->
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     config = method_config(recipe.method, image_size=args.image_size, seed=seed, **recipe.changes)
-    return GKTTrainer(model, optimizer, config, scheduler=scheduler, channels_last=True)
+    warmup_steps = round(recipe.kd_warmup * epochs * (args.train_images // args.batch_size))
+    return GKTTrainer(
+        model,
+        optimizer,
+        config,
+        scheduler=scheduler,
+        channels_last=True,
+        kd_schedule=LinearWarmup(warmup_steps) if warmup_steps else None,
+    )
 
 
 def run(
@@ -270,11 +281,7 @@ def percent(share: float) -> float:
 def step_costs(names: list[str], data: dict[str, Images], args: argparse.Namespace) -> dict[str, float]:
     """Mean CPU time of a step relative to a plain step, kept in a file; what isn't there yet is measured."""
     path = args.csv.with_name(args.csv.stem + "_cost.csv")
-    setting = {
-        key: str(value)
-        for key, value in setting_of(args).items()
-        if key in ("image_size", "depth", "width", "batch_size")
-    }
+    setting = {key: str(value) for key, value in setting_of(args).items() if key in COST_SETTING}
     rows = read(path)
     known = {row["recipe"]: float(row["step_cost"]) for row in rows if setting.items() <= row.items()}
     wanted = {"plain", *(RECIPES[name].costs_as or name for name in names)}
