@@ -70,7 +70,7 @@ ALONE = {
     "plain 1-1-1": Recipe("plain", alone=(1, 1, 1)),
     "plain 2-2-2": Recipe("plain", alone=(2, 2, 2)),
 }
-BUDGETS = {f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}) for budget in (1.0, 1.1, 1.25, 1.5)}
+BUDGETS = {f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}) for budget in (1.0, 1.2, 1.25, 1.5)}
 CHOICES = {
     "gkt, normalised": Recipe("gkt", {"normalize_logits": True}),
     "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}),
@@ -297,7 +297,7 @@ def step_costs(names: list[str], data: dict[str, Images], args: argparse.Namespa
 
 
 def measure_costs(
-    names: list[str], data: dict[str, Images], args: argparse.Namespace, steps: int = 40
+    names: list[str], data: dict[str, Images], args: argparse.Namespace, steps: int = 100
 ) -> dict[str, float]:
     trainers = {name: make_trainer(name, 0, args.epochs, args) for name in dict.fromkeys(["plain", *names])}
     images, targets = next(iter(train_loader(data["train"], args.batch_size, 0)))

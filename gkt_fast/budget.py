@@ -72,7 +72,9 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:
     """The smallest depths, not below `min_depth`, that keep the expected cost within `config.budget`.
 
-    Of all that do, those that allow the most subnets; of several, the one whose cost is nearest to the budget.
+    Of all that do, those that allow the most subnets; of several, the one whose cost is nearest to the budget. Costs
+    are rounded to three decimals: subnets that share all blocks but the last stage's keep a budget of 1, though each
+    has a classifier of its own.
 
     Raises:
         ValueError: the budget can't be met with any subnet; names the least possible one. Or the sampler has no depths.
@@ -113,9 +115,9 @@ def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GK
             one = exact(depths)
             if one < least:
                 least, cheapest = one, depths
-            if one <= budget:
+            if round(one, 3) <= budget:
                 value = cost(depths, one)
-                if value <= budget:
+                if round(value, 3) <= budget:
                     fitting.append((value, depths))
     if not fitting:
         raise ValueError(

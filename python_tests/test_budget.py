@@ -116,6 +116,11 @@ def test_an_impossible_budget_names_the_least_possible_one():
     assert expected_cost(STAGES, LAYERS, GKTConfig(min_depth=depths)) == pytest.approx(least, rel=1e-3)
 
 
+def test_a_budget_of_one_shares_all_stages_but_the_last_whatever_the_classifiers_cost():
+    layers = [*LAYERS[:-1], Layer("classifier", False, 0.0001 * sum(layer.flops for layer in LAYERS))]
+    assert solve_min_depth(STAGES, layers, GKTConfig(budget=1.0)) == (3, 4, 1)
+
+
 def test_a_budget_needs_ordered_depths_and_a_number_of_at_least_one():
     with pytest.raises(ValueError, match="sampler 'stochastic_depth'; it needs inherit_decay or uniform"):
         solve_min_depth(STAGES, LAYERS, GKTConfig(budget=1.2, sampler="stochastic_depth"))
