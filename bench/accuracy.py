@@ -45,6 +45,7 @@ class Recipe:
         alone: depths of the network that is trained; None: the full one.
         costs_as: train for as many epochs as cost what this recipe costs at the epochs asked for.
         kd_warmup: share of the training in which the distillation terms' weight rises from 0.
+        baseline: the recipe that the report compares this one with.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Recipe:
     alone: tuple[int, ...] | None = None
     costs_as: str | None = None
     kd_warmup: float = 0.0
+    baseline: str = "plain"
 
 
 METHODS = {
@@ -70,20 +72,29 @@ ALONE = {
     "plain 1-1-1": Recipe("plain", alone=(1, 1, 1)),
     "plain 2-2-2": Recipe("plain", alone=(2, 2, 2)),
 }
-BUDGETS = {f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}) for budget in (1.0, 1.2, 1.25, 1.5)}
-CHOICES = {
-    "gkt, normalised": Recipe("gkt", {"normalize_logits": True}),
-    "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}),
-    "gkt, temperature 2": Recipe("gkt", {"temperature": 2.0}),
-    "gkt, kd_weight 0.5": Recipe("gkt", {"kd_weight": 0.5}),
-    "gkt, kd_weight 2": Recipe("gkt", {"kd_weight": 2.0}),
-    "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2),
-    "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}),
-    "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}),
-    "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "sequential"}),
-    "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}),
+BUDGETS = {
+    f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}, baseline="gkt")
+    for budget in (1.0, 1.2, 1.25, 1.5)
 }
-COST_SETTING = ("image_size", "depth", "width", "batch_size")
+CHOICES = {
+    "gkt, normalised": Recipe("gkt", {"normalize_logits": True}, baseline="gkt"),
+    "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}, baseline="gkt"),
+    "gkt, temperature 2": Recipe("gkt", {"temperature": 2.0}, baseline="gkt"),
+    "gkt, kd_weight 0.5": Recipe("gkt", {"kd_weight": 0.5}, baseline="gkt"),
+    "gkt, kd_weight 2": Recipe("gkt", {"kd_weight": 2.0}, baseline="gkt"),
+    "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2, baseline="gkt"),
+    "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}, baseline="gkt, 2 loops"),
+    "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}, baseline="gkt, 2 loops"),
+    "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "sequential"}, baseline="gkt"),
+    "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
+}
+SETTING = (
+    "train_images", "test_images", "image_size", "depth", "width", "epochs", "batch_size", "lr", "weight_decay",
+    "precision",
+)  # fmt: skip
+"""What must be equal for rows to be compared."""
+COST_SETTING = ("image_size", "depth", "width", "batch_size", "precision")
+"""What a step's cost depends on."""
 STUDIES = {"methods": METHODS, "alone": ALONE, "budgets": BUDGETS, "choices": CHOICES}
 RECIPES = METHODS | ALONE | BUDGETS | CHOICES
 
@@ -102,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=["methods"])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="instead of the studies' recipes")
@@ -227,6 +239,7 @@ def make_trainer(name: str, seed: int, epochs: int, args: argparse.Namespace) ->
         optimizer,
         config,
         scheduler=scheduler,
+        amp=None if args.precision == "fp32" else args.precision,
         channels_last=True,
         kd_schedule=LinearWarmup(warmup_steps) if warmup_steps else None,
     )
@@ -313,19 +326,7 @@ def measure_costs(
 
 
 def setting_of(args: argparse.Namespace) -> dict[str, object]:
-    """What must be equal for rows to be compared."""
-    names = (
-        "train_images",
-        "test_images",
-        "image_size",
-        "depth",
-        "width",
-        "epochs",
-        "batch_size",
-        "lr",
-        "weight_decay",
-    )
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in SETTING}
 
 
 def run_key(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:

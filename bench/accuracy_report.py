@@ -1,27 +1,28 @@
-"""What `bench/accuracy.py` measured: a table (mean, spread, paired difference to plain training) and pictures.
+"""What `bench/accuracy.py` measured: tables (mean, spread, paired differences) and pictures.
 
     python bench/accuracy_report.py [bench/results/accuracy.csv]
 
 Accuracies are in % of the test images. A difference is taken seed by seed, between runs that start from the same
 weights and see the same order of images; its interval is Student's, at 95 %. Settings that differ (training
-images, epochs, ...) get tables of their own.
+images, epochs, ...) get tables of their own. `step` is the cost of a training step in plain steps, `CPU s per epoch`
+the CPU time of one thread in the runs themselves.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from accuracy import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SETTING, read
 from harness import RESULTS
 
-SETTING = (
-    "train_images", "test_images", "image_size", "depth", "width", "batch_size", "epochs", "lr", "weight_decay",
-)  # fmt: skip
-BASELINE = "plain"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Rows = list[dict[str, str]]
 
 
@@ -40,18 +41,85 @@ def main() -> None:
         print(
             f"\nResNet-{values['depth']} (width {values['width']}), {values['train_images']} training images of "
             f"{values['image_size']}x{values['image_size']}, {values['epochs']} epochs, batch {values['batch_size']}, "
-            f"learning rate {values['lr']}, {values['test_images']} test images\n"
+            f"learning rate {values['lr']}, {values['precision']}, {values['test_images']} test images"
         )
-        print(markdown(table(group)))
-        folder = args.output or args.csv[0].parent
+        for title, table in tables(group).items():
+            print(f"\n{title}\n\n{markdown(table)}")
         name = f"accuracy_{values['train_images']}x{values['image_size']}px_{values['epochs']}epochs.png"
-        plot(group, folder / name)
-        print(f"\nWritten to {folder / name}")
+        path = (args.output or args.csv[0].parent) / name
+        plot(group, path)
+        print(f"\nWritten to {path}")
 
 
-def read(path: Path) -> Rows:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:
+    """Those that there are runs for."""
+    recipes = by(rows, ["recipe"])
+
+    def of(*studies: Iterable[str]) -> dict[str, Rows]:
+        names = [name for study in studies for name in study]
+        return {name: recipes[name,] for name in names if (name,) in recipes}
+
+    result = {"Methods (difference to plain)": accuracies(of(METHODS))}
+    if alone := of(ALONE):
+        result["Subnets, and networks of their depths trained alone"] = smaller(alone, of(METHODS))
+    if budgets := of(BUDGETS):
+        result["Budgets (differences: gkt to plain, budgets to gkt)"] = accuracies(
+            of(["plain"], budgets, ["gkt"])
+        )
+    if choices := of(CHOICES):
+        result["Choices (differences to the defaults)"] = differences(choices, of(METHODS))
+    return result
+
+
+def accuracies(recipes: dict[str, Rows]) -> list[dict[str, str]]:
+    depths = measured_depths([row for rows in recipes.values() for row in rows])
+    result = []
+    for name, rows in recipes.items():
+        baseline = recipes.get(RECIPES[name].baseline, []) if RECIPES[name].baseline != name else []
+        per_epoch = [float(row["cpu_seconds"]) / int(row["epochs_run"]) for row in rows]
+        result.append(
+            {
+                "recipe": name,
+                "step": f"{statistics.fmean(float(row['step_cost']) for row in rows):.2f}",
+                "epochs": rows[0]["epochs_run"],
+                "CPU s per epoch": f"{statistics.median(per_epoch):.2f}",
+                "seeds": str(len(rows)),
+                "full network": spread(values_of(rows, "full").values()),
+                "difference": interval(difference(values_of(rows, "full"), values_of(baseline, "full"))),
+                **{depth: spread(values_of(rows, depth).values()) for depth in depths},
+            }
+        )
+    return result
+
+
+def smaller(alone: dict[str, Rows], methods: dict[str, Rows]) -> list[dict[str, str]]:
+    result = []
+    for name, rows in alone.items():
+        depths = "-".join(map(str, RECIPES[name].alone or ()))
+        own = values_of(rows, "full")
+        row = {"depths": depths, "seeds": str(len(own)), "trained alone": spread(own.values())}
+        for method in methods:
+            values = values_of(methods[method], depths)
+            if values:
+                row[method] = f"{spread(values.values())} ({interval(difference(values, own))})"
+        result.append(row)
+    columns = list(dict.fromkeys(column for row in result for column in row))
+    return [{column: row.get(column, "") for column in columns} for row in result]
+
+
+def differences(recipes: dict[str, Rows], methods: dict[str, Rows]) -> list[dict[str, str]]:
+    columns = ["full", *measured_depths([row for rows in recipes.values() for row in rows])]
+    result = []
+    for name, rows in recipes.items():
+        baseline = methods.get(RECIPES[name].baseline, [])
+        gaps = {
+            column: interval(difference(values_of(rows, column), values_of(baseline, column)))
+            for column in columns
+        }
+        result.append(
+            {"recipe": name, "compared with": RECIPES[name].baseline, "seeds": str(len(rows)), **gaps}
+        )
+    return result
 
 
 def by(rows: Rows, columns: Iterable[str]) -> dict[tuple[str, ...], Rows]:
@@ -83,27 +151,8 @@ def difference(values: dict[str, float], baseline: dict[str, float]) -> tuple[fl
     return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * spread
 
 
-def table(rows: Rows) -> list[dict[str, str]]:
-    """One row per recipe, as text."""
-    depths = measured_depths(rows)
-    recipes = by(rows, ["recipe"])
-    baseline = values_of(recipes.get((BASELINE,), []), "full")
-    result = []
-    for (recipe,), group in recipes.items():
-        full = values_of(group, "full")
-        gap = None if recipe == BASELINE else difference(full, baseline)
-        result.append(
-            {
-                "recipe": recipe,
-                "step": f"{statistics.fmean(float(row['step_cost']) for row in group):.2f}",
-                "epochs": group[0]["epochs_run"],
-                "seeds": str(len(full)),
-                "full network": spread(full.values()),
-                "to plain": "" if gap is None else f"{gap[0]:+.2f} ± {gap[1]:.2f}",
-                **{depth: spread(values_of(group, depth).values()) for depth in depths},
-            }
-        )
-    return result
+def interval(difference: tuple[float, float] | None) -> str:
+    return "" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}"
 
 
 def spread(values: Iterable[float]) -> str:
@@ -120,36 +169,62 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    """Left: the full network's accuracy against the cost of training. Right: accuracy by depth."""
+    """Accuracy of the full network against the cost of training; by depth; and, where there are runs, by budget."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-    depths = [*reversed(measured_depths(rows))]
-    for (recipe,), group in by(rows, ["recipe"]).items():
-        full = list(values_of(group, "full").values())
-        cost = statistics.fmean(float(row["step_cost"]) * int(row["epochs_run"]) for row in group)
-        error = statistics.stdev(full) / math.sqrt(len(full)) if len(full) > 1 else 0
-        left.errorbar(cost, statistics.fmean(full), error, fmt="o", capsize=3)
-        left.annotate(
-            recipe, (cost, statistics.fmean(full)), fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
-        means = [(depth, list(values_of(group, depth).values())) for depth in depths]
-        points = [(depth, statistics.fmean(values)) for depth, values in means if values]
-        if points:
-            right.plot(*zip(*points, ("full", statistics.fmean(full)), strict=True), "o-", label=recipe)
-    left.set_xlabel("cost of training (epochs of plain training)")
-    left.set_ylabel("test accuracy of the full network (%)")
-    right.set_xlabel("blocks kept per stage")
-    right.set_ylabel("test accuracy (%)")
-    right.legend(fontsize=7)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    recipes = {name: group for (name,), group in by(rows, ["recipe"]).items()}
+    methods = {name: recipes[name] for name in METHODS if name in recipes}
+    budgets = {name: recipes[name] for name in ("plain", *BUDGETS, "gkt") if name in recipes}
+    has_budgets = not budgets.keys().isdisjoint(BUDGETS)
+    figure, axes = plt.subplots(1, 2 + has_budgets, figsize=(5.5 * (2 + has_budgets), 4.5), squeeze=False)
+    plot_cost(axes[0, 0], methods)
+    plot_depths(axes[0, 1], methods)
+    if has_budgets:
+        plot_budgets(axes[0, 2], budgets)
+    for part in axes[0]:
+        part.grid(alpha=0.3)
+        part.set_ylabel("test accuracy (%)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
+    for name, rows in recipes.items():
+        mean, error = mean_and_error(rows, "full")
+        cost = statistics.fmean(float(row["step_cost"]) * int(row["epochs_run"]) for row in rows)
+        axes.errorbar(cost, mean, error, fmt="o", capsize=3)
+        axes.annotate(name, (cost, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set_xlabel("cost of training (epochs of plain training)")
+    axes.set_title("full network, with standard errors", fontsize=9)
+
+
+def plot_depths(axes: Axes, recipes: dict[str, Rows]) -> None:
+    for name, rows in recipes.items():
+        depths = [*reversed(measured_depths(rows)), "full"]
+        axes.plot(depths, [mean_and_error(rows, depth)[0] for depth in depths], "o-", label=name)
+    axes.set_xlabel("blocks kept per stage")
+    axes.legend(fontsize=7)
+
+
+def plot_budgets(axes: Axes, recipes: dict[str, Rows]) -> None:
+    costs = [statistics.fmean(float(row["step_cost"]) for row in rows) for rows in recipes.values()]
+    for depth in ("full", *measured_depths([row for rows in recipes.values() for row in rows])):
+        points = [mean_and_error(rows, depth) for rows in recipes.values()]
+        axes.errorbar(costs, *zip(*points, strict=True), fmt="o-", capsize=3, label=depth)
+    axes.set_xlabel("measured cost of a step (plain steps)")
+    labels = [name.removeprefix("gkt, ") for name in recipes]
+    axes.set_title(", ".join(labels), fontsize=9)
+    axes.legend(fontsize=7)
+
+
+def mean_and_error(rows: Rows, column: str) -> tuple[float, float]:
+    values = list(values_of(rows, column).values())
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 if __name__ == "__main__":

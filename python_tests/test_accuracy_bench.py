@@ -67,7 +67,9 @@ def test_runs_are_kept_skipped_and_reported(
     monkeypatch.setattr(sys, "argv", ["accuracy_report.py", str(tmp_path / "a.csv")])
     accuracy_report.main()
     printed = capsys.readouterr().out
-    assert all(f"| {name} |" in printed for name in recipes[1:])
+    assert all(
+        f"| {name} |" in printed for name in ["plain, cost of gkt", "stochastic depth", "st++", "1-1-1"]
+    )
     assert (tmp_path / "accuracy_40x8px_2epochs.png").stat().st_size > 1000
 
 
@@ -98,6 +100,37 @@ def test_the_interval_is_student_s() -> None:
     assert mean == pytest.approx(2.0)
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert accuracy_report.difference({"0": 1.0}, baseline) is None
+
+
+def made_up(recipe: str, seed: int, full: float, smallest: float | None) -> dict[str, str]:
+    row = dict.fromkeys(accuracy.SETTING, "8") | {"recipe": recipe, "seed": str(seed), "epochs_run": "10"}
+    depth = {} if smallest is None else {"1-1-1": str(smallest)}
+    return row | {"step_cost": "1.5", "cpu_seconds": "25", "full": str(full)} | depth
+
+
+def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> None:
+    runs = {
+        "gkt, 2 loops": (62, 54), "plain": (50, 20), "gkt": (60, 50), "gkt, budget 1.0": (58, 30),
+        "gkt, ema 0, 2 loops": (61, 55), "gkt, kd_weight 2": (63, 51), "plain 1-1-1": (45, None),
+    }  # fmt: skip
+    rows = [
+        made_up(recipe, seed, full + seed, None if smallest is None else smallest + seed)
+        for recipe, (full, smallest) in runs.items()
+        for seed in (0, 1)
+    ]
+    methods, alone, budgets, choices = accuracy_report.tables(rows).values()
+    assert [row["recipe"] for row in methods] == ["plain", "gkt", "gkt, 2 loops"]
+    assert [row["difference"] for row in methods] == ["", "+10.00 ± 0.00", "+12.00 ± 0.00"]
+    assert methods[0]["CPU s per epoch"] == "2.50" and methods[0]["1-1-1"] == "20.50 ± 0.71"
+    assert alone[0]["gkt"] == "50.50 ± 0.71 (+5.00 ± 0.00)" and alone[0]["plain"].endswith("(-25.00 ± 0.00)")
+    assert [row["recipe"] for row in budgets] == ["plain", "gkt, budget 1.0", "gkt"]
+    assert [row["difference"] for row in budgets] == ["", "-2.00 ± 0.00", "+10.00 ± 0.00"]
+    assert {row["recipe"]: (row["full"], row["1-1-1"]) for row in choices} == {
+        "gkt, kd_weight 2": ("+3.00 ± 0.00", "+1.00 ± 0.00"),
+        "gkt, ema 0, 2 loops": ("-1.00 ± 0.00", "+1.00 ± 0.00"),
+    }
+    accuracy_report.plot(rows, tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 1000
 
 
 def test_bad_data(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
