@@ -28,7 +28,7 @@ from harness import RESULTS, environment, write_csv
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gkt_fast import GKTTrainer, LinearWarmup, extract_subnet, method_config
+from gkt_fast import Callback, GKTTrainer, LinearWarmup, extract_subnet, method_config
 from gkt_fast.models import cifar_resnet
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -257,20 +257,28 @@ def run(
     folder = args.work / "-".join(map(str, run_key(name, seed, args).values())).replace(" ", "_").replace(
         ",", ""
     )
-    started = time.process_time()
-    trainer.fit(
-        train_loader(data["train"], args.batch_size, seed), epochs=epochs, output_dir=folder, progress=False
-    )
+    loader = train_loader(data["train"], args.batch_size, seed)
+    trainer.fit(loader, epochs=epochs, output_dir=folder, progress=False, callbacks=[CpuSeconds()])
     row = run_key(name, seed, args) | {
         "epochs_run": epochs,
         "step_cost": costs["plain" if recipe.costs_as else name],
-        "cpu_seconds": round(time.process_time() - started, 1),
+        "cpu_seconds": round(sum(float(epoch["cpu_seconds"]) for epoch in read(folder / "summary.csv")), 2),
         **evaluate(trainer, recipe, data, args),
         **environment(),
     }
     shutil.rmtree(folder)
     print({key: row[key] for key in ("recipe", "seed", "full", "cpu_seconds")}, flush=True)
     return row
+
+
+class CpuSeconds(Callback):
+    """Adds each epoch's CPU time to `summary.csv`, so that a run in several pieces has its time in all."""
+
+    def on_epoch_start(self, trainer: GKTTrainer) -> None:
+        self.started = time.process_time()
+
+    def on_epoch_end(self, trainer: GKTTrainer, metrics: dict[str, float]) -> None:
+        metrics["cpu_seconds"] = time.process_time() - self.started
 
 
 def evaluate(

@@ -54,6 +54,7 @@ def test_runs_are_kept_skipped_and_reported(
     assert [float(row["step_cost"]) for row in rows] == [1.0, 1.0, 2.0, 2.0, 2.0]
     assert all(0 <= float(row["full"]) <= 100 for row in rows)
     assert [row["1-1-1"] != "" for row in rows] == [True, True, True, True, False]
+    assert all(0 < float(row["cpu_seconds"]) < 100 for row in rows)
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
     again = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain")
