@@ -5,9 +5,10 @@
 
 PATH holds train/CLASS/*, and test/CLASS/* or val/CLASS/* (CIFAR-10 as images, for instance). A run that has its row is
 skipped, one that was cut off goes on from its last epoch, and `--minutes` bounds when new runs are started: so the
-whole can be run in pieces. Every run of a seed starts from the same weights and sees the same order of images; the
-training images are the same in all runs. What a step costs is measured first, in CPU time of one thread and with the
-recipes in turn, and kept (`accuracy_cost.csv`): wall-clock times of runs on a busy machine say little.
+whole can be run in pieces. Checkpoints stay in WORK: a run whose row was deleted is only evaluated again. Every run
+of a seed starts from the same weights and sees the same order of images; the training images are the same in all
+runs. What a step costs is measured first, in CPU time of one thread and with the recipes in turn, and kept
+(`accuracy_cost.csv`): wall-clock times of runs on a busy machine say little.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import csv
 import fcntl
 import math
-import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path, default=RESULTS / "accuracy.csv")
     parser.add_argument(
-        "--work", type=Path, default=Path("accuracy_runs"), help="checkpoints of unfinished runs"
+        "--work", type=Path, default=Path("accuracy_runs"), help="checkpoints and logs of the runs"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -263,10 +263,9 @@ def run(
         "epochs_run": epochs,
         "step_cost": costs["plain" if recipe.costs_as else name],
         "cpu_seconds": round(sum(float(epoch["cpu_seconds"]) for epoch in read(folder / "summary.csv")), 2),
-        **evaluate(trainer, recipe, data, args),
+        **evaluate(trainer, recipe, seed, data, args),
         **environment(),
     }
-    shutil.rmtree(folder)
     print({key: row[key] for key in ("recipe", "seed", "full", "cpu_seconds")}, flush=True)
     return row
 
@@ -282,14 +281,19 @@ class CpuSeconds(Callback):
 
 
 def evaluate(
-    trainer: GKTTrainer, recipe: Recipe, data: dict[str, Images], args: argparse.Namespace
+    trainer: GKTTrainer, recipe: Recipe, seed: int, data: dict[str, Images], args: argparse.Namespace
 ) -> dict[str, float]:
-    """Test accuracy in % of the network as trained, and of subnets with BatchNorm statistics of their own."""
-    test, calibration = batches(data["test"]), batches(data["train"])
+    """Test accuracy in % of the network as trained, and of subnets with BatchNorm statistics of their own.
+
+    Those come, as the network's own do, from batches of augmented training images in random order.
+    """
+    test = batches(data["test"])
     result = trainer.evaluate(test)
     row = {"full": percent(result.accuracy), "full_loss": round(result.loss, 4)}
     blocks = (args.depth - 2) // 6
     for kept in range(1, blocks) if recipe.alone is None else ():
+        torch.manual_seed(seed)
+        calibration = train_loader(data["train"], args.batch_size, seed)
         result = trainer.evaluate(test, (kept,) * 3, calibration_loader=calibration)
         row["-".join([str(kept)] * 3)] = percent(result.accuracy)
     return row

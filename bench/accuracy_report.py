@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accuracy import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SETTING, read
+from documents import replace_marked
 from harness import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ROOT = Path(__file__).parents[1]
+COMMAND = "python bench/accuracy_report.py --update"
 Rows = list[dict[str, str]]
 
 
@@ -34,21 +37,69 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="folder of the pictures; default: beside the first CSV file"
     )
+    parser.add_argument("--update", action="store_true", help=f"write the tables into {', '.join(DOCUMENTS)}")
     args = parser.parse_args()
     rows = [row for path in args.csv for row in read(path)]
     for setting, group in by(rows, SETTING).items():
+        plot(group, (args.output or args.csv[0].parent) / picture(setting))
+    for name, write in DOCUMENTS.items():
+        text = write(rows)
+        print(text)
+        if args.update:
+            path = ROOT / name
+            path.write_text(replace_marked(path.read_text(), COMMAND, text))
+
+
+def report(rows: Rows) -> str:
+    """Every table of every setting."""
+    parts = []
+    for setting, group in by(rows, SETTING).items():
         values = dict(zip(SETTING, setting, strict=True))
-        print(
-            f"\nResNet-{values['depth']} (width {values['width']}), {values['train_images']} training images of "
-            f"{values['image_size']}x{values['image_size']}, {values['epochs']} epochs, batch {values['batch_size']}, "
-            f"learning rate {values['lr']}, {values['precision']}, {values['test_images']} test images"
+        parts.append(
+            f"### {title(setting)}\n\n"
+            f"ResNet-{values['depth']} (width {values['width']}), batch {values['batch_size']}, learning rate "
+            f"{values['lr']}, weight decay {values['weight_decay']}, {values['precision']}, {values['test_images']} "
+            f"test images ([picture](../bench/results/{picture(setting)})).\n"
         )
-        for title, table in tables(group).items():
-            print(f"\n{title}\n\n{markdown(table)}")
-        name = f"accuracy_{values['train_images']}x{values['image_size']}px_{values['epochs']}epochs.png"
-        path = (args.output or args.csv[0].parent) / name
-        plot(group, path)
-        print(f"\nWritten to {path}")
+        parts += [f"{heading}:\n\n{markdown(table)}" for heading, table in tables(group).items()]
+    return "\n".join(["", *parts, ""])
+
+
+def headline(rows: Rows) -> str:
+    """Methods down, settings across: cost in plain trainings, accuracy of the full network and the smallest subnet."""
+    settings = by(rows, SETTING)
+    header, lines = ["method"], [[name] for name in METHODS] + [["its smallest subnet, trained alone"]]
+    for setting, group in settings.items():
+        smallest = measured_depths(group)[-1]
+        header += [f"{title(setting)}: cost", "full network", f"depths {smallest}"]
+        recipes = by(group, ["recipe"])
+        for line, name in zip(lines, [*METHODS, f"plain {smallest}"], strict=True):
+            runs = recipes.get((name,), [])
+            relative = f"{cost(runs) / int(runs[0]['epochs']):.2f}" if runs else ""
+            full, part = (spread(values_of(runs, column).values()) for column in ("full", smallest))
+            line += [relative, "", full] if name in ALONE else [relative, full, part]
+    return table_of([header, *(line for line in lines if any(line[1:]))])
+
+
+def title(setting: tuple[str, ...]) -> str:
+    values = dict(zip(SETTING, setting, strict=True))
+    return (
+        f"{int(values['train_images']):,} images of {values['image_size']}x{values['image_size']}, "
+        f"{values['epochs']} epochs"
+    )
+
+
+def picture(setting: tuple[str, ...]) -> str:
+    values = dict(zip(SETTING, setting, strict=True))
+    return f"accuracy_{values['train_images']}x{values['image_size']}px_{values['epochs']}epochs.png"
+
+
+def cost(rows: Rows) -> float:
+    """Mean cost of a training, in epochs of plain training."""
+    return statistics.fmean(float(row["step_cost"]) * int(row["epochs_run"]) for row in rows)
+
+
+DOCUMENTS = {"README.md": headline, "docs/accuracy.md": report}
 
 
 def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:
@@ -164,8 +215,12 @@ def spread(values: Iterable[float]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table_of([list(rows[0]), *(list(row.values()) for row in rows)])
+
+
+def table_of(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the header."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 def plot(rows: Rows, path: Path) -> None:
@@ -195,9 +250,8 @@ def plot(rows: Rows, path: Path) -> None:
 def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
     for name, rows in recipes.items():
         mean, error = mean_and_error(rows, "full")
-        cost = statistics.fmean(float(row["step_cost"]) * int(row["epochs_run"]) for row in rows)
-        axes.errorbar(cost, mean, error, fmt="o", capsize=3)
-        axes.annotate(name, (cost, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.errorbar(cost(rows), mean, error, fmt="o", capsize=3)
+        axes.annotate(name, (cost(rows), mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set_xlabel("cost of training (epochs of plain training)")
     axes.set_title("full network, with standard errors", fontsize=9)
 

@@ -10,10 +10,10 @@ python_tests/test_model_coverage.py holds every row against the code.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
+from documents import replace_marked
 from torch import nn
 from zoo import ZOO, ZooModel
 
@@ -23,7 +23,7 @@ from gkt_fast.execution import choose_execution
 ROOT = Path(__file__).parents[1]
 FILES = {ROOT / "docs" / "models.md": False, ROOT / "README.md": True}
 """Where tables stand, and whether they hold the headlines only."""
-START, END = "<!-- python bench/model_table.py --update -->\n", "<!-- end of table -->\n"
+COMMAND = "python bench/model_table.py --update"
 COLUMNS = ("model", "blocks found in", "depths", "of these, kept always", "modes", "one by one", "shared")
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     for path, headlines_only in FILES.items():
         text = table([cells for model, cells in rows.items() if model.headline or not headlines_only])
         if args.update:
-            path.write_text(replace_table(path.read_text(), text))
+            path.write_text(replace_marked(path.read_text(), COMMAND, text))
         elif not headlines_only:
             print(text, end="")
 
@@ -81,24 +81,6 @@ def table(rows: list[str]) -> str:
     """Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows]
     return "".join(f"{line}\n" for line in lines)
-
-
-def table_in(text: str) -> str:
-    """The table between the marks.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = re.search(f"{re.escape(START)}(.*?){re.escape(END)}", text, re.DOTALL)
-    if found is None:
-        raise ValueError(f"no table between {START.strip()!r} and {END.strip()!r}")
-    return found[1]
-
-
-def replace_table(text: str, new: str) -> str:
-    """The text with another table between the marks."""
-    old = table_in(text)
-    return text.replace(f"{START}{old}{END}", f"{START}{new}{END}")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def recalibrate_batch_norm(
 
     Args:
         model: the network, changed in place; its training flags are left as they were.
-        loader: batches, or (batch, ...) tuples of which the first entry is used.
+        loader: batches, or (batch, ...) tuples of which the first entry is used. Give it what training saw, augmented
+            and shuffled: the first batches of a loader that goes class by class are of a few classes.
         num_samples: how many samples to use; fewer when the loader ends before.
         depths: estimate for this subnet; None: the model as it is.
         stages: the model's stages, or their module paths; None: found by themselves.

@@ -11,6 +11,7 @@ import accuracy
 import accuracy_report
 import pytest
 import torch
+from documents import marked
 from torchvision.io import write_png
 
 
@@ -55,8 +56,11 @@ def test_runs_are_kept_skipped_and_reported(
     assert all(0 <= float(row["full"]) <= 100 for row in rows)
     assert [row["1-1-1"] != "" for row in rows] == [True, True, True, True, False]
     assert all(0 < float(row["cpu_seconds"]) < 100 for row in rows)
-    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy.GKTTrainer, "step", lambda *_: pytest.fail("trained again"))
+        (tmp_path / "a.csv").unlink()
+        assert run(patch, images, tmp_path, "--seeds", "0", *recipes) == rows
     again = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain")
     assert again[:5] == rows
     assert [(row["recipe"], row["seed"]) for row in again[5:]] == [("plain", "1")]
@@ -132,6 +136,25 @@ def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> No
     }
     accuracy_report.plot(rows, tmp_path / "all.png")
     assert (tmp_path / "all.png").stat().st_size > 1000
+
+
+def test_the_headline_puts_cost_and_accuracy_side_by_side() -> None:
+    rows = [made_up("plain", 0, 50, 20), made_up("gkt", 0, 60, 40), made_up("plain 1-1-1", 0, 45, None)]
+    lines = accuracy_report.headline(rows).splitlines()
+    assert lines[0] == "| method | 8 images of 8x8, 8 epochs: cost | full network | depths 1-1-1 |"
+    assert lines[2:] == [
+        "| plain | 1.88 | 50.00 | 20.00 |",  # 10 epochs of 1.5 plain steps for 8
+        "| gkt | 1.88 | 60.00 | 40.00 |",
+        "| its smallest subnet, trained alone | 1.88 |  | 45.00 |",
+    ]
+
+
+@pytest.mark.parametrize("name", accuracy_report.DOCUMENTS)
+def test_documents_say_what_the_rows_say(name: str) -> None:
+    """`python bench/accuracy_report.py --update` writes the tables anew."""
+    rows = accuracy.read(accuracy_report.RESULTS / "accuracy.csv")
+    text = (accuracy_report.ROOT / name).read_text()
+    assert marked(text, accuracy_report.COMMAND) == accuracy_report.DOCUMENTS[name](rows)
 
 
 def test_bad_data(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

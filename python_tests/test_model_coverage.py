@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from model_table import FILES, containers, replace_table, row, table, table_in
+from documents import marked, replace_marked
+from model_table import COMMAND, FILES, containers, row, table
 from reference_step import (
     Outcome,
     assert_same,
@@ -129,7 +130,7 @@ def cached_row(zoo_model: ZooModel) -> str:
 def test_row_of_the_table(zoo_model):
     """`python bench/model_table.py --update` writes the rows anew."""
     for path, headlines_only in FILES.items():
-        lines = table_in(path.read_text()).splitlines()
+        lines = marked(path.read_text(), COMMAND).splitlines()
         assert lines.count(cached_row(zoo_model)) == int(zoo_model.headline or not headlines_only), path.name
 
 
@@ -137,10 +138,10 @@ def test_row_of_the_table(zoo_model):
 def test_the_tables_hold_no_other_rows(path, headlines_only):
     rows = [cached_row(zoo_model) for zoo_model in ZOO if zoo_model.headline or not headlines_only]
     text = path.read_text()
-    assert table_in(text) == table(rows)
-    assert table_in(replace_table(text, "| other |\n")) == "| other |\n"
+    assert marked(text, COMMAND) == table(rows)
+    assert marked(replace_marked(text, COMMAND, "| other |\n"), COMMAND) == "| other |\n"
     with pytest.raises(ValueError, match="no table between"):
-        table_in("text")
+        marked("text", COMMAND)
 
 
 def test_containers_of_one_and_several_stages():
