@@ -65,6 +65,7 @@ METHODS = {
     "st, 3 subnets": Recipe("st", {"loops": 3}),
     "st++": Recipe("st++"),
     "gkt": Recipe("gkt"),
+    "gkt, one by one": Recipe("gkt", {"execution": "sequential"}),
     "gkt, 2 groups": Recipe("gkt", {"groups": 2}),
     "gkt, 2 loops": Recipe("gkt", {"loops": 2}),
 }
@@ -80,6 +81,7 @@ CHOICES = {
     "gkt, normalised": Recipe("gkt", {"normalize_logits": True}, baseline="gkt"),
     "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}, baseline="gkt"),
     "gkt, temperature 2": Recipe("gkt", {"temperature": 2.0}, baseline="gkt"),
+    "gkt, kd_weight 0.33": Recipe("gkt", {"kd_weight": 0.33}, baseline="gkt"),
     "gkt, kd_weight 0.5": Recipe("gkt", {"kd_weight": 0.5}, baseline="gkt"),
     "gkt, kd_weight 2": Recipe("gkt", {"kd_weight": 2.0}, baseline="gkt"),
     "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2, baseline="gkt"),

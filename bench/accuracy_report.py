@@ -276,7 +276,10 @@ def plot_budgets(axes: Axes, recipes: dict[str, Rows]) -> None:
 
 
 def mean_and_error(rows: Rows, column: str) -> tuple[float, float]:
+    """NaN, which isn't drawn, where nothing was evaluated."""
     values = list(values_of(rows, column).values())
+    if not values:
+        return math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
