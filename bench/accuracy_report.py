@@ -252,6 +252,7 @@ def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
         mean, error = mean_and_error(rows, "full")
         axes.errorbar(cost(rows), mean, error, fmt="o", capsize=3)
         axes.annotate(name, (cost(rows), mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.margins(x=0.25)
     axes.set_xlabel("cost of training (epochs of plain training)")
     axes.set_title("full network, with standard errors", fontsize=9)
 
@@ -259,6 +260,8 @@ def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
 def plot_depths(axes: Axes, recipes: dict[str, Rows]) -> None:
     for name, rows in recipes.items():
         depths = [*reversed(measured_depths(rows)), "full"]
+        if len(depths) == 1:
+            continue
         axes.plot(depths, [mean_and_error(rows, depth)[0] for depth in depths], "o-", label=name)
     axes.set_xlabel("blocks kept per stage")
     axes.legend(fontsize=7)
