@@ -152,7 +152,8 @@ def smaller(alone: dict[str, Rows], methods: dict[str, Rows]) -> list[dict[str, 
         for method in methods:
             values = values_of(methods[method], depths)
             if values:
-                row[method] = f"{spread(values.values())} ({interval(difference(values, own))})"
+                gap = interval(difference(values, own))
+                row[method] = spread(values.values()) + (f" ({gap})" if gap else "")
         result.append(row)
     columns = list(dict.fromkeys(column for row in result for column in row))
     return [{column: row.get(column, "") for column in columns} for row in result]
