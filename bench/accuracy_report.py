@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python bench/accuracy_report.py --update"
+COLOURS = dict(zip(METHODS, [*(f"C{index}" for index in range(10)), "black"], strict=True))
 Rows = list[dict[str, str]]
 
 
@@ -251,9 +252,8 @@ def plot(rows: Rows, path: Path) -> None:
 def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
     for name, rows in recipes.items():
         mean, error = mean_and_error(rows, "full")
-        axes.errorbar(cost(rows), mean, error, fmt="o", capsize=3)
-        axes.annotate(name, (cost(rows), mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.margins(x=0.25)
+        axes.errorbar(cost(rows), mean, error, fmt="o", capsize=3, color=COLOURS[name], label=name)
+    axes.legend(fontsize=7)
     axes.set_xlabel("cost of training (epochs of plain training)")
     axes.set_title("full network, with standard errors", fontsize=9)
 
@@ -263,9 +263,9 @@ def plot_depths(axes: Axes, recipes: dict[str, Rows]) -> None:
         depths = [*reversed(measured_depths(rows)), "full"]
         if len(depths) == 1:
             continue
-        axes.plot(depths, [mean_and_error(rows, depth)[0] for depth in depths], "o-", label=name)
+        axes.plot(depths, [mean_and_error(rows, depth)[0] for depth in depths], "o-", color=COLOURS[name])
     axes.set_xlabel("blocks kept per stage")
-    axes.legend(fontsize=7)
+    axes.set_title("subnets, in the same colours", fontsize=9)
 
 
 def plot_budgets(axes: Axes, recipes: dict[str, Rows]) -> None:
