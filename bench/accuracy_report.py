@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python bench/accuracy_report.py --update"
-COLOURS = dict(zip(METHODS, [*(f"C{index}" for index in range(10)), "black"], strict=True))
+COLOURS = {name: f"C{index}" for index, name in enumerate(METHODS)}
 Rows = list[dict[str, str]]
 
 

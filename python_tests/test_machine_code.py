@@ -58,8 +58,13 @@ __global__ void __launch_bounds__(1024) spilling_kernel(const float* x, float* y
 def require(backend: str, *tools: str) -> None:
     missing = [tool for tool in tools if sass.find_tool(tool) is None]
     if missing:
-        required = backend in os.environ.get("GKT_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)(f"{backend}: {', '.join(missing)} not found")
+        unavailable(backend, f"{', '.join(missing)} not found")
+
+
+def unavailable(backend: str, reason: str) -> None:
+    """Skips, or fails where GKT_REQUIRE names the backend."""
+    required = backend in os.environ.get("GKT_REQUIRE", "").split(",")
+    (pytest.fail if required else pytest.skip)(f"{backend}: {reason}")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -114,7 +119,7 @@ def test_spills(rows):
 def test_occupancy_is_that_of_the_toolkit(tmp_path):
     header = _occupancy_header()
     if header is None or shutil.which("g++") is None:
-        pytest.skip("no cuda_occupancy.h or no g++")
+        unavailable("nvcc", "no cuda_occupancy.h or no g++")
     cases = [
         (architecture, threads, registers, shared)
         for architecture in ARCHITECTURES
