@@ -28,8 +28,8 @@ from harness import RESULTS, print_table, write_csv
 from machine_code import shorten
 
 from gkt_fast import ghost_batch_norm, group_knowledge_loss, use_backend
-from gkt_fast.ops.ghost_batch_norm_backends import CudaBackend
-from gkt_fast.ops.group_knowledge_loss_native import load_cuda
+from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
+from gkt_fast.ops.group_knowledge_loss.native import load_cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 from cuda_host import build

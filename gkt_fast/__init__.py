@@ -1,23 +1,11 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
-from .batches import DataLoadingError
-from .callbacks import Callback
-from .checkpoint import CheckpointError
-from .compilation import compile_blocks
+from .batch_norm.fusion import fuse_blocks, unfuse_blocks
 from .config import GKTConfig
-from .evaluation import Evaluation, evaluate
-from .export import ExportError, export_onnx
-from .extraction import active_subnet, extract_subnet, recalibrate_batch_norm
-from .fusion import fuse_blocks, unfuse_blocks
-from .gkt import GKT, GKTOutput
-from .loggers import TensorBoardLogger, WandbLogger
-from .losses import GroupKnowledgeLoss
-from .methods import METHODS, method_config
-from .nonfinite import NonFiniteLossError
-from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
-from .schedules import LinearWarmup
-from .subnet import Stage, Subnet
-from .subnet_table import (
+from .deployment.evaluation import Evaluation, evaluate
+from .deployment.export import ExportError, export_onnx
+from .deployment.extraction import active_subnet, extract_subnet, recalibrate_batch_norm
+from .deployment.subnet_table import (
     SubnetResult,
     best_subnet,
     choose_subnets,
@@ -26,8 +14,20 @@ from .subnet_table import (
     plot_subnets,
     write_subnets_csv,
 )
-from .survival import survival_scaling
-from .trainer import GKTTrainer
+from .deployment.survival import survival_scaling
+from .gkt import GKT, GKTOutput
+from .losses import GroupKnowledgeLoss
+from .methods import METHODS, method_config
+from .network.compilation import compile_blocks
+from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
+from .subnets.subnet import Stage, Subnet
+from .training.batches import DataLoadingError
+from .training.callbacks import Callback
+from .training.checkpoint import CheckpointError
+from .training.loggers import TensorBoardLogger, WandbLogger
+from .training.nonfinite import NonFiniteLossError
+from .training.schedules import LinearWarmup
+from .training.trainer import GKTTrainer
 
 __version__ = "0.1.0"
 

@@ -33,7 +33,7 @@ class GKTConfig:
         ce_weight: weight of the full network's cross entropy.
         kd_weight: weight of the sum of the subnets' distillation terms (reconstructed).
         subnet_ce_weight: weight of the subnets' own cross entropy.
-        sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.sampling).
+        sampler: `inherit_decay`, `uniform`, `stochastic_depth` or `fixed` (gkt_fast.subnets.sampling).
         train_full: whether a step trains the full network, whose knowledge its subnets learn. False: a step runs its
             subnet alone, on the targets, as stochastic depth does; needs groups=1 and loops=1.
         subnet_resolution: height and width that a subnet's images are resized to; (lowest, highest): drawn anew for
@@ -41,7 +41,7 @@ class GKTConfig:
         drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
         budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
-            raised as far as needed (gkt_fast.budget). None: no limit.
+            raised as far as needed (gkt_fast.subnets.budget). None: no limit.
         batch_norm: `full`: only the full network updates running statistics. `sequential`: every stream does, in order.
         execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
             with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;

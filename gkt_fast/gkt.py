@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .budget import expected_cost, expected_sequential_cost, solve_min_depth
-from .compilation import reason_against_compiled_model
+from .batch_norm.fusion import fuse_blocks
 from .config import GKTConfig
 from .execution import (
     EXECUTION_MODES,
@@ -23,14 +22,15 @@ from .execution import (
     choose_execution,
     run_plain,
 )
-from .execution.interception import find_sites
-from .execution.noise import GeneratorWatch, noisy_layers
-from .flops import count_layers, one_sample, same_form, zeros_for
-from .fusion import fuse_blocks
-from .models.discovery import find_stages, stages_from_paths
-from .plan import Cost, Layer, make_plan
-from .sampling import minimum_depths, sample_resolutions, sample_subnets
-from .subnet import Subnet
+from .network.compilation import reason_against_compiled_model
+from .network.discovery import find_stages, stages_from_paths
+from .network.interception import find_sites
+from .network.noise import GeneratorWatch, noisy_layers
+from .network.profile import count_layers, one_sample, same_form, zeros_for
+from .subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
+from .subnets.plan import Cost, Layer, make_plan
+from .subnets.sampling import minimum_depths, sample_resolutions, sample_subnets
+from .subnets.subnet import Subnet
 
 __all__ = ["GKT", "GKTOutput"]
 
@@ -245,7 +245,7 @@ class GKT(nn.Module):
         return "\n".join(lines)
 
     def expected_cost(self, one_by_one: bool = False) -> float:
-        """Expected cost of a step, in plain steps (gkt_fast.budget).
+        """Expected cost of a step, in plain steps (gkt_fast.subnets.budget).
 
         Args:
             one_by_one: of streams run one by one, instead of a step that runs every state once.

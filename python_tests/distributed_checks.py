@@ -31,11 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from gkt_fast import GKT, GKTConfig, GKTTrainer, evaluate, recalibrate_batch_norm
-from gkt_fast.checkpoint import load_checkpoint
+from gkt_fast.batch_norm.layer import run_batch_norm
+from gkt_fast.batch_norm.synchronized import synchronized_batch_norm
 from gkt_fast.distributed import agree, gather, reduce_sum, share, world_size
 from gkt_fast.models import cifar_resnet
-from gkt_fast.norm import run_batch_norm
-from gkt_fast.synchronized_norm import synchronized_batch_norm
+from gkt_fast.training.checkpoint import load_checkpoint
 
 CLASSES = 5
 CONFIG = GKTConfig(groups=2, loops=2)

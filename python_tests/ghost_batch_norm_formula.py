@@ -9,7 +9,7 @@ from backends import running_on, unavailable
 from cuda_host import build
 from torch import Tensor
 
-from gkt_fast.ops.ghost_batch_norm_backends import CudaBackend
+from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
 
 BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 

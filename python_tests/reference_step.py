@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from gkt_fast import GKTConfig, Stage
 from gkt_fast.execution import EXECUTION_MODES, Network, Streams
-from gkt_fast.execution.interception import find_sites
-from gkt_fast.flops import count_layers, one_sample
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.discovery import find_stages
+from gkt_fast.network.interception import find_sites
+from gkt_fast.network.profile import count_layers, one_sample
 
 MODES = tuple(EXECUTION_MODES)
 ONE_BY_ONE = tuple(mode for mode in MODES if mode != "stacked")

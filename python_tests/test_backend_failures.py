@@ -22,7 +22,7 @@ from ghost_batch_norm_formula import make
 from gkt_fast import GKT, GKTConfig, ghost_batch_norm, group_knowledge_loss, use_backend
 from gkt_fast.models import cifar_resnet
 from gkt_fast.ops import BackendError, explain, native, registry
-from gkt_fast.ops.ghost_batch_norm_backends import CudaBackend, TorchBackend
+from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend, TorchBackend
 from gkt_fast.ops.triton_failures import reporting_failures
 
 OPS = ("ghost_batch_norm", "group_knowledge_loss")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gkt_fast import GKT, GKTConfig, Stage
-from gkt_fast.budget import expected_cost, expected_sequential_cost, solve_min_depth
 from gkt_fast.models import cifar_resnet
-from gkt_fast.plan import Layer, make_plan
-from gkt_fast.sampling import sample_subnets
+from gkt_fast.subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
+from gkt_fast.subnets.plan import Layer, make_plan
+from gkt_fast.subnets.sampling import sample_subnets
 
 STAGES = [
     Stage(tuple(f"a.{i}" for i in range(3)), (False, True, True)),

@@ -19,9 +19,9 @@ import yaml
 from PIL import Image
 
 from gkt_fast import METHODS, GKTConfig, GKTTrainer, __version__, method_config
-from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main
 from gkt_fast.ops import BackendError, build_info, explain, registry
+from gkt_fast.training.checkpoint import load_checkpoint
 
 TINY = ["train", "--model", "cifar_resnet14", "--train-images", "40", "-b", "20", "--epochs", "1"]
 

@@ -30,8 +30,8 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from gkt_fast import GKT, GKTConfig, GKTTrainer, evaluate
 from gkt_fast.execution import StackingError
-from gkt_fast.execution.states import SharedStateError
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.calls import SharedStateError
+from gkt_fast.network.discovery import find_stages
 
 CLASSES = 3
 IGNORED = 255
@@ -297,7 +297,7 @@ def test_every_rank_gets_the_result_over_all_samples(monkeypatch, first):
                 given[rank].append(tensor)
                 return tensor + other
 
-            monkeypatch.setattr("gkt_fast.evaluation.reduce_sum", reduce_sum)
+            monkeypatch.setattr("gkt_fast.deployment.evaluation.reduce_sum", reduce_sum)
             try:
                 result = evaluate(model, shares[rank], ignore_index=IGNORED)
             except ValueError:  # as long as no rank has given a row

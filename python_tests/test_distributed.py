@@ -20,7 +20,6 @@ from torch.distributed.run import get_args_parser as torchrun_arguments
 from torch.utils.data import DataLoader, DistributedSampler
 
 from gkt_fast import GKT, GKTConfig
-from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main, train
 from gkt_fast.distributed import (
     agree,
@@ -32,6 +31,7 @@ from gkt_fast.distributed import (
     share,
     torchrun_process_group,
 )
+from gkt_fast.training.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

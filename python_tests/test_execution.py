@@ -26,8 +26,8 @@ from torchvision.models.resnet import Bottleneck
 
 from gkt_fast import GKT, GKTConfig, Subnet
 from gkt_fast.models import CifarResNet
-from gkt_fast.models.discovery import find_stages
-from gkt_fast.sampling import sample_subnets
+from gkt_fast.network.discovery import find_stages
+from gkt_fast.subnets.sampling import sample_subnets
 
 CLASSES = 5
 

@@ -20,7 +20,7 @@ from small_nets import CLASSES, CONFIG, SOME, STAGES, Block, Net, batch
 from torch import nn
 
 from gkt_fast.models import CifarResNet
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.discovery import find_stages
 
 
 class PairBlock(Block):

@@ -15,7 +15,7 @@ from gkt_fast.execution import StackingError, choose_execution
 from gkt_fast.execution.lean import stream_order
 from gkt_fast.execution.partition import lead_and_kept
 from gkt_fast.models import cifar_resnet
-from gkt_fast.plan import Layer, make_plan
+from gkt_fast.subnets.plan import Layer, make_plan
 
 
 def batch(samples: int = 6, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:

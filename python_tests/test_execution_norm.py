@@ -24,9 +24,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gkt_fast import GKT, GKTConfig
-from gkt_fast.execution.batch_norm import tracking_layers
+from gkt_fast.batch_norm.statistics import tracking_layers
 from gkt_fast.models import CifarResNet
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.discovery import find_stages
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.37, None])

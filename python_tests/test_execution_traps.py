@@ -21,8 +21,8 @@ from small_nets import CLASSES, CONFIG, SOME, STAGES, Block, Net, batch, drops
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig
-from gkt_fast.execution.states import SharedStateError
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.calls import SharedStateError
+from gkt_fast.network.discovery import find_stages
 
 
 class ReluWritesInput(Block):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gkt_fast import GKT, GKTConfig, Subnet, active_subnet, extract_subnet, recalibrate_batch_norm
-from gkt_fast.extraction import as_stages, as_subnet
+from gkt_fast.deployment.extraction import as_stages, as_subnet
 from gkt_fast.models import cifar_resnet
 
 

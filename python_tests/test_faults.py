@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from gkt_fast import CheckpointError, DataLoadingError, GKTConfig, GKTTrainer, NonFiniteLossError
-from gkt_fast.checkpoint import load_checkpoint, remove_temporary_files, save_checkpoint
 from gkt_fast.data import load_data
+from gkt_fast.training.checkpoint import load_checkpoint, remove_temporary_files, save_checkpoint
 
 CONFIG = GKTConfig(groups=2, loops=2)
 
@@ -39,7 +39,7 @@ def part(seed: int = 0, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 WRITER = """
 import os, sys, torch
-from gkt_fast.checkpoint import save_checkpoint
+from gkt_fast.training.checkpoint import save_checkpoint
 
 folder = sys.argv[1]
 torch.set_num_threads(1)
@@ -122,7 +122,7 @@ for limit in (0, 1000, len(good) // 2, len(good) - 1):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         trainer.fit([part()], epochs=trainer.epoch + 1, output_dir=None, progress=False)
-        from gkt_fast.checkpoint import save_checkpoint
+        from gkt_fast.training.checkpoint import save_checkpoint
         save_checkpoint(folder / "last.pt", trainer.state_dict(), copy_to=folder / "best.pt")
     except CheckpointError as error:
         sys.stderr.write(f"{error}\\n")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from gkt_fast import fuse_blocks, unfuse_blocks
-from gkt_fast.fusion import FusedBlock
+from gkt_fast.batch_norm.fusion import FusedBlock
+from gkt_fast.batch_norm.layer import ghost_batches
 from gkt_fast.models.cifar_resnet import BasicBlock, cifar_resnet
-from gkt_fast.norm import ghost_batches
 
 torchvision_resnet = pytest.importorskip("torchvision.models.resnet")
 

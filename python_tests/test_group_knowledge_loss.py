@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gkt_fast import group_knowledge_loss
 from gkt_fast.ops import GroupKnowledge, registry
-from gkt_fast.ops.group_knowledge_loss_native import load_cuda
+from gkt_fast.ops.group_knowledge_loss.native import load_cuda
 
 BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 LOW_PRECISION = [torch.bfloat16, torch.float16]

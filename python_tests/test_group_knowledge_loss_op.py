@@ -14,7 +14,7 @@ import torch
 from backends import running_on
 from group_knowledge_loss_formula import DEFAULTS
 
-import gkt_fast.ops.group_knowledge_loss  # noqa: F401  registers the op
+import gkt_fast.ops.group_knowledge_loss.op  # noqa: F401  registers the op
 from gkt_fast import GroupKnowledgeLoss, group_knowledge_loss, use_backend
 from gkt_fast.ops import GroupKnowledge, group_knowledge_loss_reference, registry
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from gkt_fast import GKT, GKTConfig
 from gkt_fast.execution import StackingError
-from gkt_fast.execution.noise import UnexpectedNoiseError, noisy_layers
+from gkt_fast.network.noise import UnexpectedNoiseError, noisy_layers
 
 SHARING = tuple(mode for mode in MODES if mode != "sequential")
 CONFIG = GKTConfig(

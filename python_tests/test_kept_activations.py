@@ -19,8 +19,8 @@ from small_nets import CLASSES, CONFIG, Block, batch
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig
-from gkt_fast.execution.states import SharedStateError
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.calls import SharedStateError
+from gkt_fast.network.discovery import find_stages
 
 
 class TwoStages(nn.Module):

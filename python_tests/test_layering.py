@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -16,76 +15,32 @@ EXTERNAL = {
     "onnxruntime", "tensorboard", "wandb", "PIL",
 }  # fmt: skip
 
-ALLOWED = {
-    "gkt_fast.config": [],
-    "gkt_fast.subnet": [],
-    "gkt_fast.sampling": ["gkt_fast.config", "gkt_fast.subnet"],
-    "gkt_fast.methods": ["gkt_fast.config"],
-    "gkt_fast.plan": ["gkt_fast.config", "gkt_fast.subnet"],
-    "gkt_fast.budget": ["gkt_fast.config", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan"],
-    "gkt_fast.ops*": ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast._native"],
-    "gkt_fast.kernels*": ["gkt_fast.kernels*"],
-    "gkt_fast.models*": ["gkt_fast.models*", "gkt_fast.subnet"],
-    "gkt_fast.compilation": ["gkt_fast.models*", "gkt_fast.subnet"],
-    "gkt_fast.losses": ["gkt_fast.ops*"],
-    "gkt_fast.synchronized_norm": [],
-    "gkt_fast.distributed": [],
-    "gkt_fast.norm": ["gkt_fast.ops*", "gkt_fast.synchronized_norm"],
-    "gkt_fast.fusion": ["gkt_fast.norm", "gkt_fast.ops*"],
-    "gkt_fast.execution*": [
-        "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.ops*", "gkt_fast.losses", "gkt_fast.norm", "gkt_fast.distributed",
-    ],
-    "gkt_fast.flops": ["gkt_fast.execution*", "gkt_fast.plan"],
-    "gkt_fast.extraction": [
-        "gkt_fast.execution*", "gkt_fast.models*", "gkt_fast.subnet", "gkt_fast.fusion",
-    ],
-    "gkt_fast.export": ["gkt_fast.execution*", "gkt_fast.extraction", "gkt_fast.subnet", "gkt_fast.fusion"],
-    "gkt_fast.subnet_table": [
-        "gkt_fast.config", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.flops", "gkt_fast.extraction",
-        "gkt_fast.evaluation",
-    ],
-    "gkt_fast.gkt": [
-        "gkt_fast.execution*", "gkt_fast.plan", "gkt_fast.sampling", "gkt_fast.config", "gkt_fast.subnet",
-        "gkt_fast.models*", "gkt_fast.flops", "gkt_fast.fusion", "gkt_fast.budget",
-        "gkt_fast.compilation",
-    ],
-    "gkt_fast.environment": ["gkt_fast.ops*"],
-    "gkt_fast.selfcheck*": [
-        "gkt_fast.selfcheck*", "gkt_fast.environment", "gkt_fast.gkt", "gkt_fast.execution*", "gkt_fast.config",
-        "gkt_fast.models*", "gkt_fast.ops*",
-    ],
-    "gkt_fast.survival": [
-        "gkt_fast.execution*", "gkt_fast.sampling", "gkt_fast.subnet", "gkt_fast.models*",
-    ],
-    "gkt_fast.checkpoint": ["gkt_fast.config"],
-    "gkt_fast.schedules": [],
-    "gkt_fast.nonfinite": [],
-    "gkt_fast.weight_average": [],
-    "gkt_fast.callbacks": [],
-    "gkt_fast.interruption": ["gkt_fast.distributed"],
-    "gkt_fast.batches": ["gkt_fast.checkpoint", "gkt_fast.distributed"],
-    "gkt_fast.optimization": ["gkt_fast.nonfinite", "gkt_fast.distributed"],
-    "gkt_fast.fitting": [
-        "gkt_fast.batches", "gkt_fast.callbacks", "gkt_fast.checkpoint", "gkt_fast.distributed", "gkt_fast.subnet",
-        "gkt_fast.interruption", "gkt_fast.loggers", "gkt_fast.metrics", "gkt_fast.nonfinite",
-    ],
-    "gkt_fast.__init__": ["gkt_fast.*"],
-    "gkt_fast.__main__": ["gkt_fast.cli*"],
-    "gkt_fast.cli*": ["gkt_fast.*", "gkt_fast"],
-}  # fmt: skip
-"""What a module (or pattern) may import of the package; the first pattern that fits counts."""
+ROOMS = {
+    "config": [],
+    "distributed": [],
+    "models": [],
+    "kernels": [],
+    "subnets": ["config"],
+    "ops": ["config", "kernels", "_native"],
+    "network": ["subnets", "config"],
+    "batch_norm": ["ops"],
+    "execution": ["network", "batch_norm", "ops", "subnets", "config", "distributed"],
+    "gkt": ["execution", "network", "batch_norm", "subnets", "config", "ops"],
+    "deployment": ["network", "batch_norm", "subnets", "config", "distributed"],
+    "training": ["deployment", "gkt", "network", "subnets", "config", "distributed"],
+}
+"""What a room (a folder, or a module of the root) may import of the others."""
 
-ABOVE = ["gkt_fast.cli*", "gkt_fast.__main__"]
-"""What no other module may import. Modules without a row (trainer, checkpoint, ...) may import the rest."""
+FACES = ["data", "fusion", "losses", "methods", "selfcheck"]
+"""What users import, and no room but the entrances: these may import all but the entrances."""
 
-TORCH_FREE = [
-    "gkt_fast.config", "gkt_fast.methods", "gkt_fast.subnet", "gkt_fast.sampling", "gkt_fast.plan", "gkt_fast.budget",
-]  # fmt: skip
-ONLY_TORCH_AND_TRITON = "gkt_fast.kernels*"
+ENTRANCES = ["__init__", "__main__", "cli"]
+"""What nothing of the package imports."""
+
+TORCH_FREE = ["config", "methods", "subnets"]
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""
-KNOW_BACKENDS = ["gkt_fast.ops*", "gkt_fast.kernels*", "gkt_fast.cli*", "gkt_fast.environment"]
+KNOW_BACKENDS = ["ops", "kernels", "cli", "selfcheck"]
 
 
 def modules() -> dict[str, Path]:
@@ -100,24 +55,11 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def fits(name: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def imports(name: str, path: Path) -> set[str]:
-    """All modules that a file imports, wherever the statement stands but for type checkers; names made absolute."""
+    """All modules that a file imports, wherever the statement stands, also for type checkers; names made absolute."""
     found = set()
     package = name.split(".")[:-1]
-    tree = ast.parse(path.read_text())
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,26 +74,54 @@ def imports(name: str, path: Path) -> set[str]:
     return found
 
 
+def room(name: str) -> str:
+    """The room of a module of the package."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def inner_imports(name: str) -> set[str]:
+    return {target for target in imports(name, MODULES[name]) if target.split(".")[0] == "gkt_fast"}
+
+
 def test_the_walk_sees_imports():
     """A walk that finds nothing would pass every other test here."""
     for name, target in (
         ("gkt_fast.execution.shared", "gkt_fast.execution.states"),
         ("gkt_fast.ops.native", "gkt_fast._native"),
-        ("gkt_fast.models.discovery", "torch.nn.functional"),
+        ("gkt_fast.network.discovery", "torch.nn.functional"),
     ):
         assert target in imports(name, MODULES[name])
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
-    inner = {target for target in imports(name, MODULES[name]) if target.split(".")[0] == "gkt_fast"}
-    for pattern, allowed in ALLOWED.items():
-        if fnmatchcase(name, pattern):
-            wrong = {target for target in inner if not fits(target, allowed)}
-            break
-    else:
-        wrong = {target for target in inner if fits(target, ABOVE)}
-    assert not wrong, f"{name} must not import {sorted(wrong)}"
+    here = room(name)
+    others = {room(target) for target in inner_imports(name)} - {here}
+    if here in ROOMS:
+        assert others <= set(ROOMS[here]), f"{here} must not import {sorted(others - set(ROOMS[here]))}"
+    elif here not in ENTRANCES:
+        assert not others & set(ENTRANCES), f"{here} must not import {sorted(others & set(ENTRANCES))}"
+
+
+def test_rooms_without_a_row_are_known():
+    assert {room(name) for name in MODULES} == {*ROOMS, *FACES, *ENTRANCES}
+
+
+def test_no_imports_in_a_circle():
+    """Of modules, those for type checkers included. A package's `__init__` only gathers names."""
+    graph = {name: inner_imports(name) & MODULES.keys() for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -159,15 +129,15 @@ def test_third_party_imports(name):
     outer = {target.split(".")[0] for target in imports(name, MODULES[name])} - {"gkt_fast"}
     outer -= sys.stdlib_module_names
     assert outer <= EXTERNAL, f"{name} imports {sorted(outer - EXTERNAL)}, no dependency of the project"
-    if fits(name, TORCH_FREE):
+    if room(name) in TORCH_FREE:
         assert outer <= {"yaml"}
-    if fnmatchcase(name, ONLY_TORCH_AND_TRITON):
+    if room(name) == "kernels":
         assert outer <= {"torch", "triton"}
-    if not fits(name, KNOW_BACKENDS):
+    if room(name) not in KNOW_BACKENDS:
         assert "triton" not in outer
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not fits(name, KNOW_BACKENDS)])
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) not in KNOW_BACKENDS])
 def test_only_ops_knows_the_names_of_backends(name):
     tree = ast.parse(MODULES[name].read_text())
     strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}

@@ -10,7 +10,7 @@ import pytest
 
 from gkt_fast.cli import main
 from gkt_fast.cli.plot import draw, read_run
-from gkt_fast.loggers import TensorBoardLogger, WandbLogger
+from gkt_fast.training.loggers import TensorBoardLogger, WandbLogger
 
 TRAIN = ["train", "--model", "cifar_resnet14", "--train-images", "40", "-b", "20", "--sched", "none"]
 

@@ -25,8 +25,8 @@ from gkt_fast import (
     survival_scaling,
 )
 from gkt_fast.models import cifar_resnet
-from gkt_fast.models.discovery import find_stages
-from gkt_fast.sampling import sample_resolutions, sample_subnets
+from gkt_fast.network.discovery import find_stages
+from gkt_fast.subnets.sampling import sample_resolutions, sample_subnets
 
 
 def network(depth: int = 20) -> nn.Module:

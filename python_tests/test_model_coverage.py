@@ -22,7 +22,7 @@ from zoo import CLASSES, ZOO, ZooModel
 
 from gkt_fast import GKT, GKTConfig, Stage, fuse_blocks
 from gkt_fast.execution import StackingError, choose_execution
-from gkt_fast.models.discovery import find_stages
+from gkt_fast.network.discovery import find_stages
 
 CONFIG = GKTConfig(groups=2, loops=1, batch_norm="sequential")
 TOLERANCE = 1e-11

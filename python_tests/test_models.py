@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck
 
 from gkt_fast import GKT, GKTConfig
 from gkt_fast.models import cifar_resnet
-from gkt_fast.models.discovery import find_stages, is_residual, stages_from_paths
+from gkt_fast.network.discovery import find_stages, is_residual, stages_from_paths
 
 
 def summary(model, stages=None):

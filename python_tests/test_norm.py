@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gkt_fast.norm import ghost_batches, run_batch_norm
+from gkt_fast.batch_norm.layer import ghost_batches, run_batch_norm
 
 
 def layer(rank=2, channels=5, **options):

@@ -12,8 +12,8 @@ import pytest
 
 import gkt_fast
 from gkt_fast import GKTConfig, Stage, Subnet
-from gkt_fast.plan import Cost, Layer, make_plan
-from gkt_fast.sampling import sample_subnets
+from gkt_fast.subnets.plan import Cost, Layer, make_plan
+from gkt_fast.subnets.sampling import sample_subnets
 
 
 def network(depths=(3, 2, 3), seed=0):
@@ -128,9 +128,9 @@ package = types.ModuleType("gkt_fast")
 package.__path__ = [sys.argv[1]]
 sys.modules["gkt_fast"] = package
 from gkt_fast.config import GKTConfig
-from gkt_fast.plan import Layer, make_plan
-from gkt_fast.sampling import sample_subnets
-from gkt_fast.subnet import Stage
+from gkt_fast.subnets.plan import Layer, make_plan
+from gkt_fast.subnets.sampling import sample_subnets
+from gkt_fast.subnets.subnet import Stage
 stage = Stage(("a", "b", "c"), (True, True, True))
 subnets = sample_subnets([stage], GKTConfig(groups=2), step=4)
 plan = make_plan([Layer(p, True, 1) for p in "abc"], [frozenset(), *(s.dropped([stage]) for s in subnets)])

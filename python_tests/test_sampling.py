@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import chisquare
 
 from gkt_fast import GKTConfig, Stage, Subnet
-from gkt_fast.sampling import SAMPLERS, depth_probabilities, minimum_depths, sample_subnets
+from gkt_fast.subnets.sampling import SAMPLERS, depth_probabilities, minimum_depths, sample_subnets
 
 STAGES = [
     Stage(tuple(f"{i}.{j}" for j in range(depth)), (i == 0,) + (True,) * (depth - 1))

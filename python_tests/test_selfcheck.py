@@ -215,7 +215,8 @@ def test_triton_in_its_interpreter(monkeypatch):
 
 
 def _triton(op: str) -> registry.Implementation:
-    from gkt_fast.ops import ghost_batch_norm_backends, group_knowledge_loss_triton
+    from gkt_fast.ops.ghost_batch_norm import backends as ghost_batch_norm_backends
+    from gkt_fast.ops.group_knowledge_loss import triton as group_knowledge_loss_triton
 
     devices, load = {
         "ghost_batch_norm": (ghost_batch_norm_backends._TRITON_DEVICES, ghost_batch_norm_backends._triton),

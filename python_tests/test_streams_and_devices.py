@@ -20,9 +20,10 @@ from cuda_host import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkt_fast import group_knowledge_loss, use_backend
-from gkt_fast.ops import ghost_batch_norm_backends, native
-from gkt_fast.ops.group_knowledge_loss_native import load_cuda
-from gkt_fast.ops.group_knowledge_loss_triton import load_triton
+from gkt_fast.ops import native
+from gkt_fast.ops.ghost_batch_norm import backends as ghost_batch_norm_backends
+from gkt_fast.ops.group_knowledge_loss.native import load_cuda
+from gkt_fast.ops.group_knowledge_loss.triton import load_triton
 
 DEVICE, CALLERS_DEVICE = 1, 0
 # groups, ema, temperature, normalize_logits, eps, ce_weight, kd_weight, subnet_ce_weight, ignore_index,

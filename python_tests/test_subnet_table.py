@@ -30,10 +30,10 @@ from gkt_fast import (
     recalibrate_batch_norm,
     write_subnets_csv,
 )
-from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.cli import main
 from gkt_fast.data import digits
 from gkt_fast.models import cifar_resnet
+from gkt_fast.training.checkpoint import load_checkpoint
 
 
 def stages(*depths, first_droppable=True):
@@ -363,7 +363,9 @@ FIT = ["--model", "cifar_resnet14", "--train-images", "60"]
 )
 def test_bad_values_end_with_code_2_and_a_message(checkpoint, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gkt_fast.subnet_table.evaluate", lambda *_, **__: pytest.fail("it evaluated before"))
+    monkeypatch.setattr(
+        "gkt_fast.deployment.subnet_table.evaluate", lambda *_, **__: pytest.fail("it evaluated before")
+    )
     try:
         code = main(["subnets", str(checkpoint), *flags])
     except SystemExit as exit:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gkt_fast import CheckpointError, GKTConfig, GKTTrainer, NonFiniteLossError
-from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.models import cifar_resnet
+from gkt_fast.training.checkpoint import load_checkpoint
 
 
 def images(samples: int = 60, seed: int = 0) -> TensorDataset:

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gkt_fast import GKT, Callback, CheckpointError, GKTConfig, GKTTrainer, LinearWarmup, NonFiniteLossError
-from gkt_fast.checkpoint import load_checkpoint
 from gkt_fast.execution import choose_execution
 from gkt_fast.ops import GroupKnowledge
-from gkt_fast.weight_average import WeightAverage
+from gkt_fast.training.checkpoint import load_checkpoint
+from gkt_fast.training.weight_average import WeightAverage
 
 CONFIG = GKTConfig(groups=2)
 LOSS_OP = inspect.getsourcefile(GroupKnowledge)

@@ -52,7 +52,7 @@ def _catch_launches(launches: set[tuple]) -> None:
 
 
 def _run_losses() -> None:
-    from gkt_fast.ops.group_knowledge_loss_triton import load_triton
+    from gkt_fast.ops.group_knowledge_loss.triton import load_triton
 
     forward = load_triton()
     for dtype, classes, groups, loops, probabilities, gradient in itertools.product(
@@ -75,7 +75,7 @@ def _run_losses() -> None:
 def _run_norms() -> None:
     from gkt_fast.kernels.triton import ghost_batch_norm as kernels
 
-    from gkt_fast.ops import ghost_batch_norm_backends as backends
+    from gkt_fast.ops.ghost_batch_norm import backends as backends
 
     for dtype, shape, channels_last, relu, with_residual, running in itertools.product(
         DTYPES,

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import yaml
 
-from ..batches import DataLoadingError
-from ..checkpoint import CheckpointError
-from ..export import ExportError
-from ..nonfinite import NonFiniteLossError
+from ..deployment.export import ExportError
 from ..ops import BackendError
+from ..training.batches import DataLoadingError
+from ..training.checkpoint import CheckpointError
+from ..training.nonfinite import NonFiniteLossError
 from . import environment, plot, selfcheck, subnets, train
 from .config_file import with_config_file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..environment import describe_environment, format_environment
+from ..selfcheck.environment import describe_environment, format_environment
 
 __all__ = ["add_arguments"]
 

@@ -15,8 +15,8 @@ from .. import models
 from ..config import GKTConfig
 from ..data import Data
 from ..distributed import is_distributed, share, world_size
-from ..loggers import Logger, TensorBoardLogger, WandbLogger
 from ..methods import method_config
+from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
 
 __all__ = [
     "CONFIG_FIELDS",

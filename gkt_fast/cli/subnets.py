@@ -12,13 +12,11 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import CheckpointError, check_model_state, load_checkpoint
 from ..config import GKTConfig
 from ..data import Data, load_data
-from ..export import check_writable, export_onnx
-from ..extraction import extract_subnet, recalibrate_batch_norm
-from ..gkt import GKT
-from ..subnet_table import (
+from ..deployment.export import check_writable, export_onnx
+from ..deployment.extraction import extract_subnet, recalibrate_batch_norm
+from ..deployment.subnet_table import (
     SubnetResult,
     best_subnet,
     evaluate_subnets,
@@ -26,6 +24,8 @@ from ..subnet_table import (
     plot_subnets,
     write_subnets_csv,
 )
+from ..gkt import GKT
+from ..training.checkpoint import CheckpointError, check_model_state, load_checkpoint
 from . import train
 from .arguments import parse_device, parse_integer, parse_min_depth, parse_number
 from .recipe import build_model

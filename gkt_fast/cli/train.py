@@ -11,10 +11,10 @@ from ..config import BATCH_NORM_POLICIES, EXECUTIONS
 from ..data import load_data
 from ..distributed import is_distributed, rank, torchrun_process_group
 from ..methods import METHODS
-from ..sampling import SAMPLERS
-from ..schedules import LinearWarmup
-from ..subnet import Subnet
-from ..trainer import AMP_DTYPES, GKTTrainer
+from ..subnets.sampling import SAMPLERS
+from ..subnets.subnet import Subnet
+from ..training.schedules import LinearWarmup
+from ..training.trainer import AMP_DTYPES, GKTTrainer
 from .arguments import (
     parse_depths,
     parse_device,

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..batch_norm.statistics import (
+    frozen_statistics,
+    record_statistics,
+    tracking_layers,
+    update_running_statistics,
+)
 from ..config import GKTConfig
-from ..plan import Plan, make_plan
-from .batch_norm import frozen_statistics, record_statistics, tracking_layers, update_running_statistics
+from ..network.calls import SharedStateError, logits_of
+from ..network.interception import Site, intercept
+from ..subnets.plan import Plan, make_plan
 from .gradients import GradientSum, deliver
-from .interception import Site, intercept
-from .states import SharedStateError, States, _State, logits_of
+from .states import States, _State
 from .step import Network, StepResult, Streams
 from .stream_loss import StreamLoss
 

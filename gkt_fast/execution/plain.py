@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..network.block_order import BlockOrder
+from ..network.calls import logits_of, skip_block
+from ..network.interception import Site, intercept
 from ..ops import GroupKnowledge
-from .block_order import BlockOrder
-from .interception import Site, intercept
-from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams, knowledge_options
 
 __all__ = ["run_plain"]

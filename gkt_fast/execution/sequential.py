@@ -14,11 +14,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import frozen_statistics, tracking_layers
-from .block_order import BlockOrder
+from ..batch_norm.statistics import frozen_statistics, tracking_layers
+from ..network.block_order import BlockOrder
+from ..network.calls import logits_of, skip_block
+from ..network.interception import Site, intercept
 from .gradients import GradientSum, deliver
-from .interception import Site, intercept
-from .states import logits_of, skip_block
 from .step import Network, StepResult, Streams
 from .stream_loss import StreamLoss
 

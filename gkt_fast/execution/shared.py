@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import group_knowledge_loss
-from .batch_norm import (
+from ..batch_norm.statistics import (
     freeze_during_backward,
     frozen_statistics,
     record_statistics,
     tracking_layers,
     update_running_statistics,
 )
-from .interception import intercept
-from .states import States, logits_of
+from ..network.calls import logits_of
+from ..network.interception import intercept
+from ..ops import group_knowledge_loss
+from .states import States
 from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["run_shared"]

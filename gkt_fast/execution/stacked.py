@@ -22,15 +22,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..norm import ghost_batches, is_batch_norm, run_batch_norm_layer
+from ..batch_norm.layer import ghost_batches, is_batch_norm, run_batch_norm_layer
+from ..batch_norm.statistics import StreamStatistics, compiled_batch_norm
+from ..network.block_order import BlockOrder
+from ..network.calls import SharedStateError, logits_of, run_watched
+from ..network.interception import Site, find_layers, intercept
+from ..network.noise import GeneratorWatch, silence
 from ..ops import group_knowledge_loss
-from ..plan import Layer, Plan, make_plan
-from .batch_norm import StreamStatistics, compiled_batch_norm
-from .block_order import BlockOrder
-from .interception import Site, find_layers, intercept
-from .noise import GeneratorWatch, silence
+from ..subnets.plan import Layer, Plan, make_plan
 from .partition import ghost, lead_and_kept
-from .states import SharedStateError, logits_of, run_watched
 from .step import Network, StepResult, Streams, loss_options
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]

@@ -11,26 +11,17 @@ real call of every layer gets a copy and is watched: a layer that writes keeps g
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
-from .block_order import BlockOrder
-from .interception import Site
-from .noise import GeneratorWatch, silence
+from ..network.block_order import BlockOrder
+from ..network.calls import SharedStateError, run_watched, skip_block, versions
+from ..network.interception import Site
+from ..network.noise import GeneratorWatch, silence
 from .step import Network
 
-__all__ = ["SharedStateError", "States", "logits_of", "run_watched", "skip_block"]
-
-logger = logging.getLogger("gkt_fast")
-
-
-class SharedStateError(RuntimeError):
-    """The model changes an activation in place that other streams read."""
+__all__ = ["States"]
 
 
 class _State:
@@ -40,7 +31,7 @@ class _State:
 
     def __init__(self, output: Any, past_stem: bool, statistics: list) -> None:
         self.output = output
-        self.versions = _versions(output)
+        self.versions = versions(output)
         self.past_stem = past_stem
         self.statistics = statistics
         self.children: dict[tuple[int, int | None], _State] = {}
@@ -135,117 +126,10 @@ class States:
         return _State(output, self.past_stem, self.statistics[before:])
 
 
-def run_watched(
-    writes_input: dict[str, bool], path: str, module: nn.Module, args: tuple, kwargs: dict
-) -> Any:
-    """Runs a layer whose input others read too: gives it a copy as long as it may write into its input.
-
-    Args:
-        writes_input: what is known of the layers by path; the first call adds to it.
-        path: the layer's path.
-        module: the layer.
-        args: positional arguments of the call.
-        kwargs: keyword arguments.
-
-    Raises:
-        SharedStateError: it wrote into its input although it did not in its first call.
-    """
-    writes = writes_input.get(path)
-    if writes is not False:
-        args, kwargs = _copy((args, kwargs))
-    inputs = tree_leaves((args, kwargs))
-    versions = _versions(inputs)
-    output = module(*args, **kwargs)
-    written = _versions(inputs) != versions
-    if writes is None:
-        writes_input[path] = written
-    elif written and not writes:
-        raise SharedStateError(
-            f"block {path!r} wrote into its input in place, which it did not do in the first step; "
-            "streams share that activation. Use execution='sequential'"
-        )
-    return output
-
-
 def _check_untouched(state: _State, where: str) -> None:
-    if _versions(state.output) != state.versions:
+    if versions(state.output) != state.versions:
         raise SharedStateError(
             f"the model changed an activation in place outside its blocks, {where} "
             "(for example x += y, or an in-place activation outside any module); streams share that "
             "activation. Use execution='sequential', or make that operation out of place"
         )
-
-
-def _versions(values: Any) -> list[int]:
-    """How often each tensor in nested tuples, lists and dicts was written to."""
-    return [leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _copy(values: Any) -> Any:
-    """Copies the tensors in nested tuples, lists and dicts; what was one tensor stays one tensor."""
-    copies: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-        return copies[id(tensor)]
-
-    return tree_map_only(Tensor, copy, values)
-
-
-def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
-    """What a dropped block hands on: its input, in the form in which the block returns its output.
-
-    Args:
-        path: module path, for the message.
-        returns: number of values that the block returns in a tuple; 0 when it returns a bare value.
-        args: positional arguments of the call; the first argument is the activation.
-        kwargs: keyword arguments.
-
-    Raises:
-        ValueError: the block returns more values than a skip can stand for.
-    """
-    values = args or tuple(kwargs.values())[:1]
-    if returns == 0 or isinstance(values[0], tuple):
-        return values[0]
-    if returns == 1:
-        return (values[0],)
-    if returns == len(args):
-        return args
-    raise ValueError(
-        f"block {path!r} takes {len(args)} values and returns {returns}; a block that is dropped can only hand its "
-        "inputs through, so it must return as many values as it takes, or one"
-    )
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, `.logits`, or "logits" or "out" of a mapping.
-
-    The rest is left out, among it the output of an auxiliary head ("aux" of torchvision's segmentation networks):
-    it is not trained, which is logged once.
-
-    Raises:
-        TypeError: none of them is there.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, dict):
-        if "aux" in output and torch.is_grad_enabled():
-            _tell_about_auxiliary_head()
-        for key in ("logits", "out"):
-            if isinstance(output.get(key), torch.Tensor):
-                return output[key]
-    raise TypeError(
-        f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
-        "or a dict with 'logits' or 'out'"
-    )
-
-
-@functools.cache
-def _tell_about_auxiliary_head() -> None:
-    logger.warning(
-        "the model returns 'aux' beside its logits; GKT trains the logits alone, so the auxiliary head gets no "
-        "gradient. Build the model without it (aux_loss=False), or take it away (model.aux_classifier = None)"
-    )

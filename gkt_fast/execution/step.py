@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import GKTConfig
-from ..plan import Layer
-from .interception import Site
+from ..network.interception import Site
+from ..subnets.plan import Layer
 
 __all__ = ["Execution", "Network", "StepResult", "Streams", "knowledge_options", "loss_options", "tensors_in"]
 

@@ -1,4 +1,4 @@
-"""Networks that come with the package, and how the blocks of any network are found."""
+"""Networks that come with the package."""
 
 from .cifar_resnet import CifarResNet, cifar_resnet
 

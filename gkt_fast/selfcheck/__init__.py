@@ -10,9 +10,9 @@ import time
 
 import torch
 
-from ..environment import describe_environment
 from ..execution import EXECUTION_MODES
 from ..ops import BackendError, registry
+from .environment import describe_environment
 from .op_checks import check_op
 from .report import Check, Report
 from .step_check import check_step

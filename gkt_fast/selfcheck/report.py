@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..environment import format_environment
+from .environment import format_environment
 
 __all__ = ["LIMITS", "Check", "Report", "compare", "failed"]
 

@@ -1,0 +1,140 @@
+"""BatchNorm layers on stacked batches: how many ghost batches run, and who hears of their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops import ghost_batch_norm
+from .synchronized import group_of, synchronized_batch_norm
+
+__all__ = [
+    "OnStatistics",
+    "carries_activation",
+    "ghost_batches",
+    "is_batch_norm",
+    "run_batch_norm",
+    "run_batch_norm_layer",
+]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
+"""Called with a BatchNorm layer, the mean (m, C) and the unbiased variance (m, C) of its m ghost batches."""
+
+
+class _Ghosts(NamedTuple):
+    number: int
+    on_statistics: OnStatistics | None
+
+
+_current: ContextVar[_Ghosts | None] = ContextVar("gkt_fast_ghosts", default=None)
+
+
+@contextmanager
+def ghost_batches(ghosts: int, on_statistics: OnStatistics | None = None) -> Iterator[None]:
+    """Inside, every batch is `ghosts` batches stacked along dim 0, for fused blocks and `run_batch_norm`.
+
+    No running statistics are updated inside. Instead `on_statistics` is called for each BatchNorm layer that would
+    update its own: in training mode and with `track_running_stats`, read at every call. The context belongs to the
+    thread and task that entered it; what a checkpointed block recomputes during backward must enter its own.
+
+    Args:
+        ghosts: m, at least 1.
+        on_statistics: receives (layer, mean, unbiased variance), (m, C) each, detached; None: nobody does.
+
+    Raises:
+        ValueError: ghosts is less than 1.
+    """
+    if ghosts < 1:
+        raise ValueError(f"ghosts is {ghosts}; it must be at least 1")
+    token = _current.set(_Ghosts(ghosts, on_statistics))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def run_batch_norm(
+    layer: _BatchNorm, x: Tensor, *, residual: Tensor | None = None, activation: str = "identity"
+) -> Tensor:
+    """activation(layer(x) + residual) per ghost batch of the surrounding `ghost_batches`.
+
+    Outside such a context the whole batch is one, and running statistics are updated by torch's own rule. A layer
+    in eval mode uses its running statistics. SyncBatchNorm joins each ghost batch with its parts on the other ranks.
+
+    Args:
+        layer: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, whose parameters, buffers and options are used;
+            its hooks are not called.
+        x: (m*B, C, *spatial).
+        residual: added before the activation, of x's shape and dtype.
+        activation: "relu" or "identity".
+
+    Raises:
+        TypeError, ValueError: as `ghost_batch_norm`.
+    """
+    ghosts = _current.get()
+    options = {"residual": residual, "activation": activation, "eps": layer.eps}
+    if not layer.training and layer.running_mean is not None:
+        running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+        return ghost_batch_norm(x, layer.weight, layer.bias, ghosts=1, **running, **options)[0]
+    number = 1 if ghosts is None else ghosts.number
+    group = group_of(layer) if layer.training else None
+    if group is not None:
+        y, mean, unbiased_var = synchronized_batch_norm(x, layer.weight, layer.bias, number, layer.eps, group)
+        y = y if residual is None else y + residual
+        y = relu(y) if activation == "relu" else y
+    else:
+        y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
+        values = x.numel() // (number * x.shape[1])
+        unbiased_var = var * (values / max(values - 1, 1))
+    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
+    if tracks and x.numel():
+        if ghosts is None:
+            _update_running_statistics(layer, mean[0], unbiased_var[0])
+        elif ghosts.on_statistics is not None:
+            ghosts.on_statistics(layer, mean, unbiased_var)
+    return y
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `run_batch_norm_layer` computes what the module's own forward does: torch's own BatchNorm, or timm's.
+
+    `__class__`, since a stand-in for an intercepted layer looks like the layer that it stands for.
+    """
+    return module.__class__ in _BATCH_NORMS or carries_activation(module)
+
+
+def carries_activation(module: nn.Module) -> bool:
+    """Whether the module is timm's BatchNorm2d that is followed by its attributes `drop` and `act`."""
+    kind = module.__class__
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
+
+
+def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """layer(x) per ghost batch of the surrounding `ghost_batches`, for a layer of `is_batch_norm`."""
+    if not carries_activation(layer):
+        return run_batch_norm(layer, x)
+    if type(layer.act) is nn.ReLU and type(layer.drop) is nn.Identity:
+        return run_batch_norm(layer, x, activation="relu")
+    return layer.act(layer.drop(run_batch_norm(layer, x)))
+
+
+@torch.no_grad()
+def _update_running_statistics(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
+    factor = layer.momentum
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / layer.num_batches_tracked.to(layer.running_mean.dtype)
+    if factor is None:  # cumulative average without a counter: torch leaves the statistics alone
+        return
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), factor)
+    layer.running_var.lerp_(unbiased_var.to(layer.running_var.dtype), factor)

@@ -1,0 +1,216 @@
+"""Who updates BatchNorm's running statistics when several streams run through a layer.
+
+Every state is normalised with its own batch's statistics. With the policy `full` only the full network's stream
+updates the running ones; with `sequential` every stream does, as if the streams ran one after another. Recomputation
+during backward (activation checkpointing) never updates them again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from .layer import OnStatistics
+
+__all__ = [
+    "BatchStatistics",
+    "StreamStatistics",
+    "compiled_batch_norm",
+    "freeze_during_backward",
+    "frozen_statistics",
+    "record_statistics",
+    "tracking_layers",
+    "update_running_statistics",
+]
+
+
+_set_aside: WeakKeyDictionary[_NormBase, dict[str, Tensor | None]] = WeakKeyDictionary()
+"""The buffers of the layers that are frozen now."""
+
+
+class BatchStatistics(NamedTuple):
+    """What one call of a layer saw: mean and unbiased variance, each (C,)."""
+
+    layer: _NormBase
+    mean: Tensor
+    variance: Tensor
+
+
+def tracking_layers(model: nn.Module) -> list[_NormBase]:
+    """The normalisation layers that update running statistics now: in training mode, with some to track.
+
+    Layers that a failed backward left frozen are put in order first.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    _thaw(layers)
+    return [
+        layer
+        for layer in layers
+        if layer.training
+        and layer.track_running_stats
+        and layer.running_mean is not None
+        and (layer.momentum is not None or isinstance(layer, _BatchNorm))
+    ]
+
+
+@contextmanager
+def frozen_statistics(layers: Iterable[_NormBase]) -> Iterator[None]:
+    """The layers still use their batch's statistics, but don't update the running ones."""
+    frozen = _freeze(layers)
+    try:
+        yield
+    finally:
+        _thaw(frozen)
+
+
+def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
+    """From the moment that backward reaches `loss` until it ends, the layers' running statistics stay as they are."""
+    if not layers or not loss.requires_grad:
+        return
+
+    def freeze(gradient: Tensor) -> None:
+        frozen = _freeze(layers)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _thaw(frozen))
+
+    loss.register_hook(freeze)
+
+
+def compiled_batch_norm(model: nn.Module) -> str | None:
+    """The path of a compiled module that holds normalisation layers of batches; None: there is none."""
+    for path, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None
+        if compiled and any(isinstance(inner, _NormBase) for inner in module.modules()):
+            return path
+    return None
+
+
+@contextmanager
+def record_statistics(model: nn.Module, layers: Iterable[_NormBase]) -> Iterator[list[BatchStatistics]]:
+    """Every call of a layer appends its batch's statistics to the list; the running ones stay as they are.
+
+    Raises:
+        ValueError: a layer of the model stands in a compiled module, which would be compiled anew in every step.
+    """
+    compiled = compiled_batch_norm(model)
+    if compiled is not None:
+        raise ValueError(
+            f"batch_norm is 'sequential', and {compiled!r} is compiled: BatchNorm inside can't put every stream's "
+            "statistics on record. Use batch_norm='full' or execution='sequential'"
+        )
+    recorded: list[BatchStatistics] = []
+    layers = list(layers)
+    buffers = [dict(layer._buffers) for layer in layers]
+    momenta = [layer.momentum for layer in layers]
+
+    def record(layer: _NormBase, args: tuple, output: Tensor) -> None:
+        recorded.append(BatchStatistics(layer, layer.running_mean.clone(), layer.running_var.clone()))
+
+    hooks = []
+    try:
+        for layer in layers:
+            # With momentum 1 a layer leaves the batch's own statistics in its buffers.
+            for name, buffer in layer._buffers.items():
+                layer._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
+            layer.momentum = 1.0
+            hooks.append(layer.register_forward_hook(record))
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, original, momentum in zip(layers, buffers, momenta, strict=True):
+            layer._buffers.update(original)
+            layer.momentum = momentum
+
+
+@torch.no_grad()
+def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
+    """Applies the updates in order: r <- (1 - momentum) r + momentum * statistic; momentum None averages all."""
+    for _, batch in groupby(_rounds(updates), key=lambda item: item[0]):
+        by_momentum: dict[float | None, list[BatchStatistics]] = {}
+        for _, statistics in batch:
+            by_momentum.setdefault(statistics.layer.momentum, []).append(statistics)
+        for momentum, group in by_momentum.items():
+            _update_together(momentum, group)
+
+
+def _rounds(updates: Iterable[BatchStatistics]) -> list[tuple[int, BatchStatistics]]:
+    """The updates with the number of earlier updates of their layer: those of one number can go together."""
+    seen: Counter[_NormBase] = Counter()
+    numbered = []
+    for update in updates:
+        numbered.append((seen[update.layer], update))
+        seen[update.layer] += 1
+    return sorted(numbered, key=lambda item: item[0])
+
+
+def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> None:
+    """Updates distinct layers, in few kernel launches."""
+    counters = [u.layer.num_batches_tracked for u in updates if isinstance(u.layer, _BatchNorm)]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if momentum is not None:
+        running = [r for u in updates for r in (u.layer.running_mean, u.layer.running_var)]
+        statistics = [s for u in updates for s in (u.mean, u.variance)]
+        torch._foreach_mul_(running, 1.0 - momentum)
+        torch._foreach_add_(running, statistics, alpha=momentum)
+        return
+    for u in updates:
+        factor = 1.0 / u.layer.num_batches_tracked.to(u.mean.dtype)
+        for r, s in ((u.layer.running_mean, u.mean), (u.layer.running_var, u.variance)):
+            r.mul_(1.0 - factor).add_(s * factor)
+
+
+class StreamStatistics:
+    """Gathers the statistics of stacked batches, and updates the running ones when all streams are through.
+
+    Args:
+        policy: "full" or "sequential".
+    """
+
+    def __init__(self, policy: str) -> None:
+        self._every_stream_counts = policy == "sequential"
+        self._updates: list[tuple[int, BatchStatistics]] = []
+
+    def receiver(self, streams: Sequence[Sequence[int]]) -> OnStatistics:
+        """For a call in which ghost batch i is the state of `streams[i]`."""
+
+        def receive(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
+            for i, members in enumerate(streams):
+                for stream in members:
+                    if stream == 0 or self._every_stream_counts:
+                        self._updates.append((stream, BatchStatistics(layer, mean[i], variance[i])))
+
+        return receive
+
+    def update(self) -> None:
+        """Updates the running statistics in the order of the streams."""
+        self._updates.sort(key=lambda update: update[0])
+        update_running_statistics(statistics for _, statistics in self._updates)
+
+
+def _freeze(layers: Iterable[_NormBase]) -> list[_NormBase]:
+    """Gives the layers copies of their buffers to write to; returns those that were not frozen already.
+
+    Copies, and not `track_running_stats = False`: a checkpointed layer must save as many tensors when it is
+    recomputed as it did the first time.
+    """
+    frozen = [layer for layer in layers if layer not in _set_aside]
+    for layer in frozen:
+        _set_aside[layer] = dict(layer._buffers)
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = None if buffer is None else buffer.clone()
+    return frozen
+
+
+def _thaw(layers: Iterable[_NormBase]) -> None:
+    """Gives the frozen ones among the layers their own buffers again."""
+    for layer in layers:
+        layer._buffers.update(_set_aside.pop(layer, {}))

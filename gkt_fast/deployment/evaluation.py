@@ -1,0 +1,125 @@
+"""Accuracy of a network, or of one of its subnets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
+from ..network.calls import logits_of
+from ..subnets.subnet import Subnet
+from .extraction import Stages, active_subnet, batch_norm_state, recalibrate_batch_norm
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over a loader.
+
+    Args:
+        accuracy: share of rows whose largest logit is the target's, 0 to 1.
+        loss: mean cross entropy.
+        samples: number of rows: images, or positions of a dense prediction; of all ranks.
+        mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
+            None where targets are one per image.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+    mean_iou: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    depths: Subnet | Sequence[int] | None = None,
+    *,
+    stages: Stages | None = None,
+    calibration_loader: Iterable[Any] | None = None,
+    calibration_samples: int = 2000,
+    ignore_index: int = -100,
+    autocast: AbstractContextManager | None = None,
+) -> Evaluation:
+    """Top-1 accuracy and cross entropy in evaluation mode. The model is left as it was.
+
+    In a distributed run every rank calls this with its own share of the samples (`gkt_fast.distributed.share`), and
+    every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
+
+    Args:
+        model: the network.
+        loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
+        depths: evaluate this subnet; None: the full network.
+        stages: the model's stages; None: found by themselves.
+        calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
+            (`recalibrate_batch_norm`); None: the model's own statistics.
+        calibration_samples: how many of its samples to use, over all ranks.
+        ignore_index: rows with this target don't count.
+        autocast: context to run the model in.
+
+    Raises:
+        ValueError: the loader gave no row, or the depths don't fit.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    statistics = batch_norm_state(model) if calibration_loader is not None else {}
+    training = model.training
+    correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
+    overlap: Tensor | None = None
+    try:
+        if calibration_loader is not None:
+            samples_here = -(-calibration_samples // world_size())
+            with unsynchronized_batch_norm(model):
+                recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
+            average_batch_norm(model)
+        model.eval()
+        with nullcontext() if depths is None else active_subnet(model, depths, stages):
+            for images, targets in loader:
+                images, targets = images.to(device), targets.to(device)
+                with autocast or nullcontext():
+                    logits = logits_of(model(images)).float()
+                rows, predicted = targets != ignore_index, logits.argmax(1)
+                samples += rows.sum()
+                correct += ((predicted == targets) & rows).sum()
+                if targets.dim() > 1:
+                    counts = _count_overlap(predicted, targets, rows, logits.shape[1])
+                    overlap = counts if overlap is None else overlap + counts
+                loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    finally:
+        model.train(training)
+        if statistics:
+            model.load_state_dict(statistics, strict=False)
+    sums = torch.stack([correct, loss, samples])
+    # A rank without a batch doesn't know how many classes there are, but takes part in every reduction.
+    here = torch.tensor([0, 0] if overlap is None else [overlap.shape[1], 1], dtype=sums.dtype, device=device)
+    hits, total, count, classes, dense_ranks = reduce_sum(torch.cat([sums, here])).tolist()
+    if count == 0:
+        raise ValueError("loader gave no row to evaluate")
+    mean_iou = None
+    if dense_ranks:
+        nothing = torch.zeros(3, round(classes / dense_ranks), dtype=torch.int64, device=device)
+        mean_iou = _mean_iou(reduce_sum(nothing if overlap is None else overlap))
+    return Evaluation(hits / count, total / count, int(count), mean_iou)
+
+
+def _count_overlap(predicted: Tensor, targets: Tensor, rows: Tensor, classes: int) -> Tensor:
+    """(3, C): how often each class is target and predicted, target, predicted; `rows` says what counts."""
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=targets.device)
+    inside = targets.clamp(0, classes - 1).flatten()
+    counts[0].index_add_(0, inside, ((predicted == targets) & rows).flatten().long())
+    counts[1].index_add_(0, inside, rows.flatten().long())
+    counts[2].index_add_(0, predicted.flatten(), rows.flatten().long())
+    return counts
+
+
+def _mean_iou(overlap: Tensor) -> float:
+    intersection, targets, predicted = overlap
+    union = targets + predicted - intersection
+    return float((intersection / union)[union > 0].mean())

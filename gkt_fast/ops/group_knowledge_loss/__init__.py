@@ -1,0 +1,5 @@
+"""Group soft labels, Kullback-Leibler divergence, cross entropy and their gradient in one pass over the logits."""
+
+from .op import GroupKnowledge, group_knowledge_loss, group_knowledge_loss_reference
+
+__all__ = ["GroupKnowledge", "group_knowledge_loss", "group_knowledge_loss_reference"]

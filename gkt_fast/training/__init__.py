@@ -1,0 +1,1 @@
+"""The training loop around `GKT`: steps, epochs, checkpoints, logs."""

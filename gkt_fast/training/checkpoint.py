@@ -1,0 +1,202 @@
+"""Checkpoints: written atomically, read without executing code, complete enough to go on exactly."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import GKTConfig
+
+__all__ = [
+    "CheckpointError",
+    "check_model_state",
+    "check_training_state",
+    "get_random_state",
+    "load_checkpoint",
+    "remove_temporary_files",
+    "save_checkpoint",
+    "set_random_state",
+]
+
+FORMAT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be read, or doesn't fit; nothing was changed."""
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any], copy_to: str | Path | None = None) -> None:
+    """Writes `state` to a temporary file in the same folder, then renames it: a reader never sees half a file.
+
+    Args:
+        path: where to.
+        state: tensors and plain Python values.
+        copy_to: a second name for the same checkpoint, made without writing it twice where the file system can.
+
+    Raises:
+        CheckpointError: it can't be written, for example on a full disk; what was at `path` is still there.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if copy_to is not None:
+            _link(temporary, Path(copy_to))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise  # of the state; torch reports a failed write as a RuntimeError, after the OSError
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise CheckpointError(f"{path} can't be written ({reason}); an earlier checkpoint is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint left behind."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    link = _temporary(target)
+    link.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, link)
+        os.replace(link, target)
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, with `weights_only=True`: loading never executes code.
+
+    Raises:
+        CheckpointError: there is no file, it is cut off or damaged, or it is not a checkpoint of this package.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint at {path}") from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} can't be read; it may be cut off or damaged ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} is not a gkt_fast checkpoint of format {FORMAT} (found {found!r})")
+    return state
+
+
+def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """Checks that a model's state fits, before anything is loaded.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message lists the first of them.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and isinstance(value, torch.Tensor) and state[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
+        )
+
+
+def check_training_state(
+    state: dict[str, Any],
+    path: str | Path,
+    *,
+    optimizer: Optimizer,
+    config: GKTConfig,
+    scheduler: bool,
+    ema: bool,
+) -> None:
+    """Checks that a checkpoint is of a training run like one's own, before anything is loaded.
+
+    Args:
+        state: the checkpoint.
+        path: where it was read from, for the message.
+        optimizer: one's own; its parameter groups must be as large.
+        config: one's own; the numbers of distillation terms, which are averaged over an epoch, must be equal.
+        scheduler: whether there is a learning-rate schedule.
+        ema: whether there are averaged weights.
+
+    Raises:
+        CheckpointError: they differ in one of these.
+    """
+    groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own_groups = [len(group["params"]) for group in optimizer.param_groups]
+    if groups != own_groups:
+        raise CheckpointError(
+            f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
+        )
+    for key, what, here in (("scheduler", "a scheduler", scheduler), ("ema", "averaged weights", ema)):
+        if (state[key] is not None) != here:
+            there, own = ("without", "with") if here else ("with", "without")
+            raise CheckpointError(f"{path} was written {there} {what}; this trainer is {own}")
+    for name in ("groups", "train_full"):
+        if state["config"][name] != getattr(config, name):
+            raise CheckpointError(
+                f"{path} was written with {name}={state['config'][name]}, not {getattr(config, name)}"
+            )
+
+
+def get_random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, in types that `weights_only` loading accepts."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `get_random_state`. GPU states are set where there are as many GPUs as when they were taken."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

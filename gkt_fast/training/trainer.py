@@ -1,0 +1,383 @@
+"""`GKTTrainer`: training steps, evaluation, and the state of both; the loop over epochs is in `fitting`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..config import GKTConfig
+from ..deployment.evaluation import Evaluation, evaluate
+from ..deployment.survival import survival_scaling
+from ..distributed import parallelize
+from ..gkt import GKT, GKTOutput
+from ..network import compilation
+from ..subnets.subnet import Subnet
+from .batches import EpochBatches
+from .callbacks import Callback
+from .checkpoint import check_model_state, check_training_state, load_checkpoint
+from .loggers import Logger
+from .loop import Fitting
+from .metrics import EpochMetrics
+from .optimization import Optimization
+from .weight_average import WeightAverage
+
+__all__ = ["GKTTrainer"]
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class GKTTrainer:
+    """Trains a model by Group Knowledge based Training.
+
+    Where a process group of several processes exists (torchrun), every rank makes its own trainer of the same model
+    and calls the same methods: the step runs in DistributedDataParallel, metrics and evaluations are over all ranks,
+    and rank 0 alone prints and writes.
+
+    Args:
+        model: the network; moved to `device`.
+        optimizer: over the model's parameters.
+        config: the hyper-parameters; None: the defaults.
+        scheduler: learning-rate schedule, stepped after every epoch, or every step with `scheduler_interval="step"`.
+        scheduler_interval: "epoch" or "step".
+        device: where to train; None: where the model is.
+        amp: None for full precision, "bf16", or "fp16" (with dynamic loss scaling).
+        channels_last: whether to use the channels_last memory format (faster convolutions).
+        accumulate: batches whose gradients are averaged into one optimizer step, with the same subnets (see
+            `Optimization`).
+        clip_grad_norm: largest norm of all gradients together; None: no limit.
+        ema_decay: decay of an exponential moving average of the weights (`ema_model`); None: no average.
+        kd_schedule: factor on the configuration's `kd_weight` as a function of the step, counted from 0; for example
+            `LinearWarmup`. None: 1.
+        skip_nonfinite: whether a step with a NaN or infinite loss or gradient is taken back, counted and logged
+            (`StepGuard`, which keeps a copy of what a step changes). False: `fit` stops.
+        compile_blocks: whether every residual block is compiled by torch.compile.
+        deterministic: whether torch is told to use deterministic algorithms only, for the whole process.
+        stages: see `GKT`.
+        ddp_options: further arguments of DistributedDataParallel.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or doesn't fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: GKTConfig | None = None,
+        *,
+        scheduler: LRScheduler | None = None,
+        scheduler_interval: str = "epoch",
+        device: torch.device | str | None = None,
+        amp: str | None = None,
+        channels_last: bool = False,
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        kd_schedule: Callable[[int], float] | None = None,
+        skip_nonfinite: bool = False,
+        compile_blocks: bool = False,
+        deterministic: bool = False,
+        stages: Sequence[str | Sequence[str]] | None = None,
+        ddp_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"scheduler_interval is {scheduler_interval!r}; it must be 'epoch' or 'step'")
+        if amp is not None and amp not in AMP_DTYPES:
+            raise ValueError(f"amp is {amp!r}; it must be None, {' or '.join(map(repr, AMP_DTYPES))}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        if kd_schedule is not None and not callable(kd_schedule):
+            raise TypeError(f"kd_schedule is {kd_schedule!r}; it must be a function of the step, or None")
+        if deterministic:
+            _use_deterministic_algorithms()
+        if device is None:
+            device = next((parameter.device for parameter in model.parameters()), "cpu")
+        self.device = torch.device(device)
+        model.to(self.device)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.gkt = GKT(model, config, stages)
+        self.optimization = Optimization(
+            model,
+            optimizer,
+            self.device,
+            loss_scaling=amp == "fp16",
+            accumulate=accumulate,
+            clip_grad_norm=clip_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )
+        self._average = None if ema_decay is None else WeightAverage(model, ema_decay)
+        if compile_blocks:
+            compilation.compile_blocks(model, self.gkt.stages)
+        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.amp = amp
+        self.channels_last = channels_last
+        self.kd_schedule = kd_schedule
+        self.skip_nonfinite = skip_nonfinite
+        self.best_accuracy = -math.inf
+        self.batches = EpochBatches()
+        self.metrics = EpochMetrics(self.config, self.device, skip_nonfinite)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.gkt.model
+
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """The network with averaged weights; None without `ema_decay`."""
+        return None if self._average is None else self._average.model
+
+    @property
+    def config(self) -> GKTConfig:
+        """The hyper-parameters."""
+        return self.gkt.config
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.batches.epoch
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where amp is "fp16"; does nothing otherwise."""
+        return self.optimization.scaler
+
+    def step(self, images: Tensor, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
+        """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
+
+        With `accumulate`, the optimizer's step comes with every so many calls; their subnets are the same.
+
+        Args:
+            images: (B, ...), moved to the trainer's device.
+            targets: class indices (B, *spatial) or probabilities (B, C, *spatial).
+            update: whether the optimizer steps now; None: with every `accumulate`-th call. Under
+                DistributedDataParallel, False leaves the gradients of this call to be synchronised by a later one.
+
+        Returns:
+            The same fields as `GKT`'s, detached and still on the device: reading them is what synchronises.
+        """
+        self.gkt.train()
+        images, targets = self._to_device(images), targets.to(self.device, non_blocking=True)
+        optimization = self.optimization
+        step = self.gkt.next_step - (1 if optimization.batches else 0)
+        factor = None if self.kd_schedule is None else self.kd_schedule(step)
+        optimization.begin_batch()
+        with self._synchronized_unless(update is False):
+            with self._autocast():
+                output = self._parallel_gkt(
+                    images,
+                    targets,
+                    step=step,
+                    loss_scale=optimization.loss_scale(),
+                    kd_weight=None if factor is None else factor * self.config.kd_weight,
+                )
+            last = optimization.is_last() if update is None else update
+            optimization.backward(output.loss, len(images))
+        if last:
+            self.finish_step()
+        return replace(output, loss=output.loss.detach())
+
+    def finish_step(self) -> None:
+        """The optimizer's step with the gradients at hand, and what follows it; for `step` calls with update=False."""
+        self.optimization.step()
+        if self._average is not None:
+            self._average.update()
+        if self.scheduler is not None and self.scheduler_interval == "step":
+            self.scheduler.step()
+
+    def _synchronized_unless(self, later: bool) -> AbstractContextManager:
+        if later and isinstance(self._parallel_gkt, DistributedDataParallel):
+            return self._parallel_gkt.no_sync()
+        return nullcontext()
+
+    def evaluate(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        depths: Subnet | Sequence[int] | None = None,
+        *,
+        calibration_loader: Iterable[Any] | None = None,
+        calibration_samples: int = 2000,
+        ema: bool = False,
+    ) -> Evaluation:
+        """Accuracy of the full network, or of a subnet (see `gkt_fast.deployment.evaluation.evaluate`).
+
+        A full network trained by stochastic depth runs with `survival_scaling`; a subnet is what such training runs.
+        With `ema`, the averaged weights are evaluated.
+
+        Raises:
+            ValueError: as `evaluate`; or there are no averaged weights.
+        """
+        model = self.ema_model if ema else self.model
+        if model is None:
+            raise ValueError("ema is True, but the trainer was made without ema_decay")
+        scaled = depths is None and not self.config.train_full and self.config.sampler == "stochastic_depth"
+        scaling = survival_scaling(model, self.config.drop_rate, self.gkt.stages)
+        with scaling if scaled else nullcontext():
+            return evaluate(
+                model,
+                self._on_device(loader),
+                depths,
+                stages=self.gkt.stages,
+                calibration_loader=(
+                    None if calibration_loader is None else self._on_device(calibration_loader)
+                ),
+                calibration_samples=calibration_samples,
+                ignore_index=self.config.ignore_index,
+                autocast=self._autocast(),
+            )
+
+    def fit(
+        self,
+        train_loader: Iterable[tuple[Tensor, Tensor]],
+        *,
+        epochs: int,
+        val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+        val_depths: Sequence[Subnet | Sequence[int]] = (),
+        calibration_loader: Iterable[Any] | None = None,
+        output_dir: str | Path | None = None,
+        resume: bool | str | Path = True,
+        log_interval: int = 50,
+        loggers: Sequence[Logger] = (),
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> list[dict[str, float]]:
+        """Trains up to a number of epochs.
+
+        With `output_dir`, every epoch writes `last.pt`, `best.pt` (best validation accuracy, of the averaged weights
+        where there are any) and a row of `summary.csv`; `config.yaml` holds the hyper-parameters. Ctrl-C finishes the
+        step, writes `last.pt` and raises KeyboardInterrupt; training goes on from there exactly as if it had not been
+        interrupted.
+
+        Args:
+            train_loader: (images, targets) batches; a `DistributedSampler` gets its epoch set.
+            epochs: epochs in all, those of an earlier run that is resumed included.
+            val_loader: (images, class indices) batches, evaluated after every epoch; each rank's own share.
+            val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
+                estimated on the calibration_loader; `val_accuracy_D-D-D` in the metrics.
+            calibration_loader: training images as they are without mixup and the like; None: the train_loader.
+            output_dir: folder of the run; None: nothing is written.
+            resume: True: go on from `last.pt` in `output_dir` if there is one. A path: go on from that checkpoint.
+                False: start anew.
+            log_interval: steps between two readings of the metrics from the device.
+            loggers: further receivers of the epochs' metrics.
+            callbacks: called as the run goes (see `Callback`).
+            progress: whether to print progress.
+
+        Returns:
+            One dict of metrics per epoch of this call, as written to `summary.csv`.
+
+        Raises:
+            ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
+            CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
+            DataLoadingError: a worker process of a loader died.
+            NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
+        """
+        return Fitting(
+            self,
+            train_loader,
+            epochs=epochs,
+            val_loader=val_loader,
+            val_depths=val_depths,
+            calibration_loader=train_loader if calibration_loader is None else calibration_loader,
+            output_dir=output_dir,
+            resume=resume,
+            log_interval=log_interval,
+            loggers=loggers,
+            callbacks=callbacks,
+            progress=progress,
+        ).run()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on exactly: tensors and plain Python values. Every rank must ask.
+
+        Raises:
+            RuntimeError: gradients of some batches wait for the others of their step (`accumulate`).
+        """
+        if self.optimization.batches:
+            raise RuntimeError(
+                f"{self.optimization.batches} of {self.optimization.accumulate} batches of a step are done; "
+                "the state can be taken between steps"
+            )
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self._average is None else self._average.state_dict(),
+            "gkt": self.gkt.get_extra_state(),
+            "config": self.config.to_dict(),
+            "best_accuracy": self.best_accuracy,
+            "skipped_steps": self.optimization.skipped,
+            "metrics": self.metrics.state_dict(),
+            **self.batches.state_dict(),
+        }
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Restores a checkpoint written by `fit`, also with another number of ranks than it was written with.
+
+        Raises:
+            CheckpointError: it can't be read, or is of another model, optimizer, schedule or number of groups, or
+                lacks averaged weights or has them; nothing was changed.
+        """
+        state = load_checkpoint(path)
+        check_model_state(self.model, state["model"], path)
+        check_training_state(
+            state,
+            path,
+            optimizer=self.optimizer,
+            config=self.config,
+            scheduler=self.scheduler is not None,
+            ema=self._average is not None,
+        )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self._average is not None:
+            self._average.load_state_dict(state["ema"])
+        self.gkt.set_extra_state(state["gkt"])
+        self.best_accuracy = state["best_accuracy"]
+        self.optimization.skipped.copy_(state["skipped_steps"])
+        self.optimization.batches = 0  # gradients at hand are of a step that was broken off
+        self.metrics.load_state_dict(state["metrics"])
+        self.batches.load_state_dict(state)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=AMP_DTYPES[self.amp])
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        memory_format = (
+            torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
+        )
+        return images.to(self.device, non_blocking=True, memory_format=memory_format)
+
+    def _on_device(self, loader: Iterable[Any]) -> Iterator[Any]:
+        for batch in loader:
+            if isinstance(batch, (tuple, list)):
+                yield (self._to_device(batch[0]), *batch[1:])
+            else:
+                yield self._to_device(batch)
+
+
+def _use_deterministic_algorithms() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
