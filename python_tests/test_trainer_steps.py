@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from gkt_fast import GKT, Callback, CheckpointError, GKTConfig, GKTTrainer, LinearWarmup, NonFiniteLossError
 from gkt_fast.execution import choose_execution
 from gkt_fast.ops import GroupKnowledge
-from gkt_fast.training.checkpoint import load_checkpoint
+from gkt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from gkt_fast.training.weight_average import WeightAverage
 
 CONFIG = GKTConfig(groups=2)
@@ -615,3 +615,72 @@ def test_mixed_targets_train():
         DataLoader(TensorDataset(images, mixed), 6), epochs=20, val_loader=[(images, targets)], progress=False
     )
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_what_a_checkpoint_holds_stays_readable(tmp_path):
+    """The names in the file; checkpoints of earlier versions are read by them."""
+    trainer = make(Net(), ema_decay=0.5)
+    trainer.fit(batches(4), epochs=1, output_dir=tmp_path, progress=False)
+    saved = load_checkpoint(tmp_path / "last.pt")
+    assert saved["format"] == 2
+    assert saved.keys() == {
+        "format", "model", "optimizer", "scheduler", "scaler", "ema", "gkt", "config", "best_accuracy",
+        "skipped_steps", "metrics", "epoch", "batches_done", "samples_per_batch", "random_states",
+        "epoch_random_states",
+    }  # fmt: skip
+    assert saved["metrics"].keys() == {"sums", "non_finite_step", "non_finite_streams"}
+    assert saved["random_states"][0].keys() == {"python", "numpy", "torch", "cuda", "loader"}
+
+
+def test_the_state_counts_steps_not_batches_and_callbacks_see_it():
+    class Places(Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, int]] = []
+
+        def on_step_end(self, trainer, output):
+            state = trainer.state
+            self.seen.append((state.epoch, state.batches.done, state.step))
+
+    places = Places()
+    trainer = make(accumulate=2)
+    assert trainer.state.step == 0
+    trainer.fit(batches(4, 4, 4), epochs=2, progress=False, callbacks=[places])
+    # Epochs of three batches are two steps; within a step, the next batch belongs to the same one.
+    assert places.seen == [(0, 1, 0), (0, 2, 1), (0, 3, 2), (1, 1, 2), (1, 2, 3), (1, 3, 4)]
+    assert trainer.state.step == trainer.gkt.next_step == 4
+
+
+def test_a_state_that_a_callback_saves_after_a_step_goes_on_exactly(tmp_path):
+    class Save(Callback):
+        def on_step_end(self, trainer, output):
+            if trainer.state.step == 3:
+                save_checkpoint(tmp_path / "saved.pt", trainer.state_dict())
+
+    parts = batches(4, 4, 4, 4)
+    whole = make()
+    whole.fit(parts, epochs=2, progress=False, callbacks=[Save()])
+    resumed = make()
+    history = resumed.fit(parts, epochs=2, resume=tmp_path / "saved.pt", progress=False)
+    assert history[-1]["step"] == 8
+    assert_same_weights(resumed.model, whole.model, 0.0)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_replaced_scheduler_is_the_one_that_steps_and_is_saved(interval):
+    trainer = make(scheduler_interval=interval)
+    parts = batches(4, 4)
+    trainer.fit(parts, epochs=1, progress=False)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.1
+    trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+    trainer.fit(parts, epochs=2, progress=False)
+    assert trainer.optimizer.param_groups[0]["lr"] == {"step": 0.025, "epoch": 0.05}[interval]
+    assert trainer.state_dict()["scheduler"] == trainer.scheduler.state_dict()
+    for name in (
+        "optimizer",
+        "optimization",
+        "metrics",
+        "best_accuracy",
+        "amp",
+    ):  # of the parts, which own them
+        with pytest.raises(AttributeError):
+            setattr(trainer, name, None)

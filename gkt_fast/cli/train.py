@@ -12,9 +12,10 @@ from ..data import load_data
 from ..distributed import is_distributed, rank, torchrun_process_group
 from ..methods import METHODS
 from ..subnets.sampling import SAMPLERS
-from ..subnets.subnet import Subnet
+from ..training.placement import AMP_DTYPES
 from ..training.schedules import LinearWarmup
-from ..training.trainer import AMP_DTYPES, GKTTrainer
+from ..training.trainer import GKTTrainer
+from ..training.validation import named_subnet
 from .arguments import (
     parse_depths,
     parse_device,
@@ -46,7 +47,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """`given`: the flags as they were given, for `args.yaml`; in `args` the device is this process's own."""
+    """Trains in this process.
+
+    Args:
+        args: the flags, with this process's own device.
+        given: the flags as they were given, for `args.yaml`.
+    """
     torch.manual_seed(args.seed)
     data = load_data(args.data, args.image_size, args.train_images)
     model = synchronized(args, build_model(args.model, data))
@@ -69,7 +75,10 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
         compile_blocks=args.compile_blocks,
         deterministic=args.deterministic,
     )
-    subnets = [_evaluated_subnet(depths, trainer) for depths in args.evaluate_depths or ()]
+    # Before training, so that a slip doesn't show up only after it.
+    subnets = [
+        named_subnet("evaluate_depths", depths, trainer.gkt.stages) for depths in args.evaluate_depths or ()
+    ]
     if is_distributed():
         torch.manual_seed(args.seed + rank())  # the ranks' noise differs
     output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
@@ -107,9 +116,12 @@ def _print(line: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
     parser.set_defaults(run=train)
     add = parser.add_argument
-    add("-c", "--config", type=Path, metavar="YAML", help="file with flags' names (underscores) and values")
+    add(
+        "-c", "--config", type=Path, metavar="YAML", help="file of flags' names, with underscores, and values"
+    )
     add("--data", default="digits", help="digits, imagefolder:PATH or cifar10:PATH")
     add("--train-images", type=parse_integer(1), help="digits: number of training images")
     add("--image-size", type=parse_integer(1), default=32, help="imagefolder: height and width")
@@ -156,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-nonfinite", **flag, help="take steps with NaN or infinite losses or gradients back")
     add("--compile-blocks", **flag, help="compile the residual blocks by torch.compile")
     add("--deterministic", **flag, help="deterministic algorithms only")
-    add("--output", type=Path, help="folder for runs; nothing is written without it")
+    add("--output", type=Path, help="folder for runs; without it nothing is written")
     add("--experiment", help="name of the run's folder")
     add("--resume", default="auto", help="auto, a checkpoint, or an empty string to start anew")
     add("--log-interval", type=parse_integer(1), default=50)
@@ -193,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(group: argparse._ArgumentGroup) -> None:
-    """One flag for every field of GKTConfig, of the same name; a flag that is not given leaves no value."""
+    """Adds a flag of the same name for every field of GKTConfig. Without the flag the namespace has no such entry."""
     choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
     kinds = {"int": int, "float": float, "str": str}
     special = {
@@ -209,11 +221,3 @@ def _add_config(group: argparse._ArgumentGroup) -> None:
         else:
             kind = special.get(name) or kinds[field.type.partition(" ")[0]]  # "float | None" is float
             group.add_argument(flag, type=kind, default=default, choices=choices.get(name))
-
-
-def _evaluated_subnet(depths: tuple[int, ...], trainer: GKTTrainer) -> Subnet:
-    """Before training, so that a slip doesn't show up only after it."""
-    try:
-        return Subnet.ordered(depths, trainer.gkt.stages)
-    except ValueError as error:
-        raise ValueError(f"evaluate_depths: {error}") from error

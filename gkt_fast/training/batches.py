@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import gather, rank, world_size
-from .checkpoint import get_random_state, set_random_state
+from .random_state import get_random_state, set_random_state
 
 __all__ = ["DataLoadingError", "EpochBatches", "dead_workers_named"]
 
@@ -21,8 +21,10 @@ class DataLoadingError(RuntimeError):
 
 @contextmanager
 def dead_workers_named(batches: EpochBatches) -> Iterator[None]:
-    """Inside, the death of a worker process of torch's DataLoader, of which torch tells anywhere, since it hears of it
-    by a signal, is raised as a `DataLoadingError` that says where training was."""
+    """Inside, the death of one of the DataLoader's worker processes raises a `DataLoadingError` that says where.
+
+    torch hears of the death by a signal, so its own error may come out of any statement, not only out of the loader.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -35,10 +37,11 @@ def dead_workers_named(batches: EpochBatches) -> Iterator[None]:
 
 
 class EpochBatches:
-    """Hands out the batches of one epoch after the other; can stop in the middle of one and go on exactly.
+    """Hands out the batches of one epoch after another; can stop in the middle of an epoch and go on exactly.
 
-    `epoch` counts the epochs that are done, `done` the batches of the current one that were trained on; who trains adds
-    to it.
+    Attributes:
+        epoch: epochs finished.
+        done: batches of the current epoch that were trained on (`end_batch` counts them).
     """
 
     def __init__(self) -> None:
@@ -50,13 +53,16 @@ class EpochBatches:
         self._epoch_random_state: dict[str, Any] | None = None
 
     def attach(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Names the loader, before a checkpoint is loaded: its generator is part of the state."""
+        """Sets the loader. It must be set before a checkpoint is loaded, since its generator is part of the state."""
         self._loader = loader
         self._generator = getattr(loader, "generator", None)
 
     def begin(self) -> None:
-        """After a checkpoint was loaded. Of an epoch that was begun with other batches, by their size or the number of
-        ranks, the place is counted in those of this loader."""
+        """Call it once a checkpoint, if any, was loaded.
+
+        If the epoch was begun with batches of another size or on another number of ranks, the place in it is converted
+        to batches of this loader.
+        """
         size = getattr(self._loader, "batch_size", None)
         now = None if size is None else size * world_size()
         if self._samples_per_batch and now:
@@ -64,14 +70,14 @@ class EpochBatches:
         self._samples_per_batch = now
 
     def length(self) -> int | None:
-        """Batches of an epoch; None: the loader doesn't know."""
+        """Batches in an epoch; None: the loader has no length."""
         try:
             return len(self._loader)  # type: ignore[arg-type]
         except TypeError:
             return None
 
     def rest(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch's batches: all of them, or after a resume those that were not trained on yet."""
+        """The batches of the epoch that are left: all of them, or after a resume those not yet trained on."""
         sampler = getattr(self._loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
@@ -85,6 +91,10 @@ class EpochBatches:
             next(batches)
         self._set_random_state(now)
         return batches
+
+    def end_batch(self) -> None:
+        """One more batch was trained on."""
+        self.done += 1
 
     def end_epoch(self) -> None:
         """The next epoch begins with its first batch."""
@@ -103,7 +113,7 @@ class EpochBatches:
             self._generator.set_state(state["loader"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch and the random states of all ranks. Every rank must ask."""
+        """The place in the epoch and the random states of all ranks. Every rank must call it."""
         states = gather((self._random_state(), self._epoch_random_state))
         return {
             "epoch": self.epoch,

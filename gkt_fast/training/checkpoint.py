@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
-
-from ..config import GKTConfig
 
 __all__ = [
     "CheckpointError",
     "check_model_state",
-    "check_training_state",
-    "get_random_state",
     "load_checkpoint",
     "remove_temporary_files",
     "save_checkpoint",
-    "set_random_state",
 ]
 
 FORMAT = 2
@@ -138,65 +130,3 @@ def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path)
         raise CheckpointError(
             f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
         )
-
-
-def check_training_state(
-    state: dict[str, Any],
-    path: str | Path,
-    *,
-    optimizer: Optimizer,
-    config: GKTConfig,
-    scheduler: bool,
-    ema: bool,
-) -> None:
-    """Checks that a checkpoint is of a training run like one's own, before anything is loaded.
-
-    Args:
-        state: the checkpoint.
-        path: where it was read from, for the message.
-        optimizer: one's own; its parameter groups must be as large.
-        config: one's own; the numbers of distillation terms, which are averaged over an epoch, must be equal.
-        scheduler: whether there is a learning-rate schedule.
-        ema: whether there are averaged weights.
-
-    Raises:
-        CheckpointError: they differ in one of these.
-    """
-    groups = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-    own_groups = [len(group["params"]) for group in optimizer.param_groups]
-    if groups != own_groups:
-        raise CheckpointError(
-            f"{path} has optimizer parameter groups of sizes {groups}; here they are {own_groups}"
-        )
-    for key, what, here in (("scheduler", "a scheduler", scheduler), ("ema", "averaged weights", ema)):
-        if (state[key] is not None) != here:
-            there, own = ("without", "with") if here else ("with", "without")
-            raise CheckpointError(f"{path} was written {there} {what}; this trainer is {own}")
-    for name in ("groups", "train_full"):
-        if state["config"][name] != getattr(config, name):
-            raise CheckpointError(
-                f"{path} was written with {name}={state['config'][name]}, not {getattr(config, name)}"
-            )
-
-
-def get_random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, in types that `weights_only` loading accepts."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `get_random_state`. GPU states are set where there are as many GPUs as when they were taken."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

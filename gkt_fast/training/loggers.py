@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-__all__ = ["CsvLogger", "Logger", "Progress", "TensorBoardLogger", "WandbLogger"]
+from ..distributed import rank
+
+__all__ = ["CsvLogger", "Logger", "Progress", "Reports", "TensorBoardLogger", "WandbLogger"]
 
 
 class Logger(Protocol):
@@ -133,25 +135,23 @@ class WandbLogger:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere one line every `interval` steps, and at the end of an epoch.
+    """A tqdm bar on a terminal; elsewhere a line whenever there are new numbers, and at the end of an epoch.
 
     Args:
-        steps: steps of an epoch, None when unknown.
+        steps: batches in an epoch; None: not known.
         epochs: epochs of the run.
-        interval: steps between two updates of the numbers shown.
         enabled: whether anything is printed.
     """
 
-    def __init__(self, steps: int | None, epochs: int, interval: int, enabled: bool = True) -> None:
+    def __init__(self, steps: int | None, epochs: int, enabled: bool = True) -> None:
         self.steps = steps
         self.epochs = epochs
-        self.interval = interval
         self.enabled = enabled
         self._bar: tqdm | None = None
         self._started = time.perf_counter()
 
     def begin_epoch(self, epoch: int, done: int = 0) -> None:
-        """Starts the bar of an epoch of which `done` steps are already behind us."""
+        """Starts the bar of an epoch of which `done` batches were trained on before."""
         self._epoch = epoch
         self._started = time.perf_counter()
         self._first = done
@@ -161,7 +161,7 @@ class Progress:
             )
 
     def update(self, done: int, metrics: Iterable[tuple[str, float]] | None) -> None:
-        """One more step; `metrics` are new numbers to show, or None."""
+        """One more batch was trained on; `metrics` are new numbers to show, or None."""
         if self._bar is not None:
             self._bar.update()
             if metrics is not None:
@@ -186,6 +186,41 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Reports:
+    """All that report on a run: the progress bar and the loggers. Rank 0 alone reports.
+
+    Args:
+        loggers: get the metrics of every epoch.
+        steps: batches in an epoch; None: not known.
+        epochs: epochs of the run.
+        progress: whether progress is printed.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], steps: int | None, epochs: int, progress: bool) -> None:
+        self._loggers = [] if rank() else [*loggers]
+        self._progress = Progress(steps, epochs, progress and rank() == 0)
+
+    def begin_epoch(self, epoch: int, done: int) -> None:
+        """An epoch begins, of which `done` batches were trained on before."""
+        self._progress.begin_epoch(epoch, done)
+
+    def update(self, done: int, metrics: Iterable[tuple[str, float]] | None) -> None:
+        """One more batch was trained on; `metrics` are new numbers to show, or None."""
+        self._progress.update(done, metrics)
+
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """An epoch is over."""
+        self._progress.end_epoch(metrics)
+        for logger in self._loggers:
+            logger.log_epoch(metrics)
+
+    def close(self) -> None:
+        """The run is over, or has failed."""
+        self._progress.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def _format(metrics: Iterable[tuple[str, float]]) -> str:

@@ -16,7 +16,7 @@ __all__ = ["EpochMetrics"]
 class EpochMetrics:
     """Running sums of the loss, the cross entropy and each group's distillation term.
 
-    Every rank of a distributed run adds its own steps; what is read is over all ranks, so all read at the same time.
+    Every rank of a distributed run adds its own steps. What is read is over all ranks, so all must read together.
 
     Args:
         config: gives the number of groups and loops.

@@ -1,77 +1,88 @@
-"""Steps whose loss or gradients are NaN or infinite."""
+"""Losses, gradients and weights that are NaN or infinite: noticed, named, and kept out of checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim import Optimizer
 
-__all__ = ["NonFiniteLossError", "StepGuard", "non_finite_entries"]
+from ..distributed import any_rank
+from .state import TrainingState
+
+__all__ = ["LossCheck", "NonFiniteLossError", "check_network", "non_finite_entries"]
+
+logger = logging.getLogger("gkt_fast")
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite. The checkpoints on disk are from before."""
 
 
-class StepGuard:
-    """Takes a step back on the device, without the host knowing whether it was: `torch.where(finite, new, old)`.
+class LossCheck:
+    """Reads whether the losses are finite, for which the host waits; all ranks read at the same time.
 
-    Works with any optimizer, at the price of a copy of the parameters, the buffers and the optimizer's state. What an
-    optimizer keeps on another device than its parameters (Adam's step count on the host, without `fused` or
-    `capturable`) or as a plain number counts on.
-
-    Args:
-        model: the network; its buffers are kept too, since BatchNorm's statistics take in a bad batch before its loss
-            is known.
-        optimizer: over its parameters.
+    Attributes:
+        skipped: steps taken back so far, as last read.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._old: dict[tuple[Any, ...], Tensor] = {}
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        self.skipped = int(state.optimization.skipped)
 
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Before the forward pass of a step: keeps everything that the step may change."""
-        tensors = dict(self._tensors())
-        self._old = {
-            key: self._old[key] if key in self._old else torch.empty_like(tensor)
-            for key, tensor in tensors.items()
-        }
-        if tensors:
-            torch._foreach_copy_(list(self._old.values()), list(tensors.values()))
+    def read(self) -> None:
+        """Reads the losses of the epoch so far. Where such steps are taken back, it logs how many there were.
 
-    @torch.no_grad()
-    def restore_unless(self, finite: Tensor) -> None:
-        """After the step: puts back what was kept, where `finite` (a bool scalar on the device) is False.
-
-        State that the step created (momentum, in the first step) becomes zero, as optimizers begin with.
+        Raises:
+            NonFiniteLossError: a loss was NaN or infinite, and such steps are not taken back.
         """
-        for key, tensor in self._tensors():
-            if tensor.device == finite.device:
-                old = self._old[key] if key in self._old else torch.zeros_like(tensor)
-                tensor.copy_(torch.where(finite, tensor, old))
+        state = self._state
+        found = state.metrics.first_non_finite()
+        where = "" if found is None else self._describe(*found)
+        if not state.optimization.skip_nonfinite:
+            if found is not None:
+                raise NonFiniteLossError(
+                    f"the loss is not finite at {where}; checkpoints written before are untouched"
+                )
+            return
+        skipped = int(state.optimization.skipped)
+        if skipped > self.skipped:
+            logger.warning(
+                "%d steps skipped so far for NaN or infinite losses or gradients%s",
+                skipped,
+                f"; the first loss of this epoch at {where}" if where else "",
+            )
+        self.skipped = skipped
 
-    def _tensors(self) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        for i, parameter in enumerate(parameters):
-            yield ("parameter", i), parameter
-            yield from _tensors_in(("state", i), self._optimizer.state.get(parameter, {}))
-        for name, buffer in self._model.named_buffers():
-            yield ("buffer", name), buffer
+    def _describe(self, step: int, streams: Sequence[int]) -> str:
+        """The step, and the streams whose term is not finite."""
+        config, subnets = self._state.gkt.config, self._state.gkt.sample(step)
+        names = []
+        for stream in streams:
+            if not config.train_full:
+                names.append(f"the subnet {subnets[0]}")
+            elif stream == 0:
+                names.append("the full network")
+            else:
+                loop, group = divmod(stream - 1, config.groups)
+                names.append(f"loop {loop + 1} group {group + 1} ({subnets[stream - 1]})")
+        return f"step {step} (epoch {self._state.epoch + 1}) in {', '.join(names) or 'their sum'}"
 
 
-def _tensors_in(key: tuple[Any, ...], values: dict[Any, Any]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            yield (*key, name), value
-        elif isinstance(value, dict):
-            yield from _tensors_in((*key, name), value)
+def check_network(state: TrainingState) -> None:
+    """Reads whether the network is finite, for which the host waits. Every rank must call it.
+
+    Raises:
+        NonFiniteLossError: a parameter or a BatchNorm statistic is NaN or infinite, on any rank.
+    """
+    broken = non_finite_entries(state.gkt.model)
+    if any_rank(bool(broken), state.device):
+        raise NonFiniteLossError(
+            f"the network is not finite after step {state.gkt.next_step - 1} "
+            f"({len(broken)} tensors, {', '.join(broken[:3])}); checkpoints written before are untouched"
+        )
 
 
 def non_finite_entries(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed import reduce_min
-from .nonfinite import StepGuard
+from .step_guard import StepGuard
 
 __all__ = ["Optimization"]
 
@@ -53,6 +53,7 @@ class Optimization:
         if clip_grad_norm is not None and not 0.0 < clip_grad_norm < math.inf:
             raise ValueError(f"clip_grad_norm is {clip_grad_norm}; it must be a positive number or None")
         self.optimizer = optimizer
+        self.device = device
         self.accumulate = accumulate
         self.clip_grad_norm = clip_grad_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
@@ -65,6 +66,11 @@ class Optimization:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._samples = 0
         self._expected_samples = 0
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with a NaN or infinite loss or gradient is taken back."""
+        return self._guard is not None
 
     def begin_batch(self) -> None:
         """Before a batch's forward pass."""
@@ -122,6 +128,10 @@ class Optimization:
         if self._guard is not None:
             self._guard.restore_unless(self._finite)
             self.skipped += ~self._finite
+        self.batches = 0
+
+    def forget_batches(self) -> None:
+        """Gives up the gradients that wait for the optimizer's step."""
         self.batches = 0
 
     def _clip(self, norm: Tensor) -> None:

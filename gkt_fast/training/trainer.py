@@ -1,12 +1,12 @@
-"""`GKTTrainer`: training steps, evaluation, and the state of both; the loop over epochs is in `fitting`."""
+"""`GKTTrainer`: puts the parts of training together; a training step, evaluation, and `fit`."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,18 @@ from ..distributed import parallelize
 from ..gkt import GKT, GKTOutput
 from ..network import compilation
 from ..subnets.subnet import Subnet
-from .batches import EpochBatches
-from .callbacks import Callback
-from .checkpoint import check_model_state, check_training_state, load_checkpoint
-from .loggers import Logger
-from .loop import Fitting
-from .metrics import EpochMetrics
+from .callbacks import Callback, Callbacks
+from .loggers import Logger, Reports
+from .loop import TrainingLoop
 from .optimization import Optimization
+from .placement import Placement
+from .run_folder import RunFolder
+from .schedules import LearningRateSchedule
+from .state import TrainingState
+from .validation import Validation, named_subnet
 from .weight_average import WeightAverage
 
 __all__ = ["GKTTrainer"]
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class GKTTrainer:
@@ -43,6 +43,9 @@ class GKTTrainer:
     Where a process group of several processes exists (torchrun), every rank makes its own trainer of the same model
     and calls the same methods: the step runs in DistributedDataParallel, metrics and evaluations are over all ranks,
     and rank 0 alone prints and writes.
+
+    `state` (a `TrainingState`) owns everything that training changes; this class makes the parts and lets them work
+    together.
 
     Args:
         model: the network; moved to `device`.
@@ -56,11 +59,12 @@ class GKTTrainer:
         accumulate: batches whose gradients are averaged into one optimizer step, with the same subnets (see
             `Optimization`).
         clip_grad_norm: largest norm of all gradients together; None: no limit.
-        ema_decay: decay of an exponential moving average of the weights (`ema_model`); None: no average.
+        ema_decay: decay of an exponential moving average of the weights (`ema_model`); None: no average. The
+            configuration's `ema` is another average, that of knowledge.
         kd_schedule: factor on the configuration's `kd_weight` as a function of the step, counted from 0; for example
             `LinearWarmup`. None: 1.
         skip_nonfinite: whether a step with a NaN or infinite loss or gradient is taken back, counted and logged
-            (`StepGuard`, which keeps a copy of what a step changes). False: `fit` stops.
+            (`StepGuard`, which keeps a copy of what a step changes). False: `fit` stops with an error.
         compile_blocks: whether every residual block is compiled by torch.compile.
         deterministic: whether torch is told to use deterministic algorithms only, for the whole process.
         stages: see `GKT`.
@@ -91,24 +95,19 @@ class GKTTrainer:
         stages: Sequence[str | Sequence[str]] | None = None,
         ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"scheduler_interval is {scheduler_interval!r}; it must be 'epoch' or 'step'")
-        if amp is not None and amp not in AMP_DTYPES:
-            raise ValueError(f"amp is {amp!r}; it must be None, {' or '.join(map(repr, AMP_DTYPES))}")
+        schedule = LearningRateSchedule(scheduler, scheduler_interval)
+        if device is None:
+            device = next((parameter.device for parameter in model.parameters()), "cpu")
+        self._placement = Placement(device, amp, channels_last)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         if kd_schedule is not None and not callable(kd_schedule):
             raise TypeError(f"kd_schedule is {kd_schedule!r}; it must be a function of the step, or None")
         if deterministic:
             _use_deterministic_algorithms()
-        if device is None:
-            device = next((parameter.device for parameter in model.parameters()), "cpu")
-        self.device = torch.device(device)
-        model.to(self.device)
-        if channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.gkt = GKT(model, config, stages)
-        self.optimization = Optimization(
+        self._placement.model(model)
+        gkt = GKT(model, config, stages)
+        optimization = Optimization(
             model,
             optimizer,
             self.device,
@@ -117,45 +116,13 @@ class GKTTrainer:
             clip_grad_norm=clip_grad_norm,
             skip_nonfinite=skip_nonfinite,
         )
-        self._average = None if ema_decay is None else WeightAverage(model, ema_decay)
+        weight_average = None if ema_decay is None else WeightAverage(model, ema_decay)
         if compile_blocks:
-            compilation.compile_blocks(model, self.gkt.stages)
-        self._parallel_gkt = parallelize(self.gkt, self.device, ddp_options)
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scheduler_interval = scheduler_interval
-        self.amp = amp
-        self.channels_last = channels_last
+            compilation.compile_blocks(model, gkt.stages)
+        self._parallel_gkt = parallelize(gkt, self.device, ddp_options)
+        self.gkt = gkt
+        self.state = TrainingState(gkt, optimization, schedule, weight_average)
         self.kd_schedule = kd_schedule
-        self.skip_nonfinite = skip_nonfinite
-        self.best_accuracy = -math.inf
-        self.batches = EpochBatches()
-        self.metrics = EpochMetrics(self.config, self.device, skip_nonfinite)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self.gkt.model
-
-    @property
-    def ema_model(self) -> nn.Module | None:
-        """The network with averaged weights; None without `ema_decay`."""
-        return None if self._average is None else self._average.model
-
-    @property
-    def config(self) -> GKTConfig:
-        """The hyper-parameters."""
-        return self.gkt.config
-
-    @property
-    def epoch(self) -> int:
-        """Epochs finished."""
-        return self.batches.epoch
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where amp is "fp16"; does nothing otherwise."""
-        return self.optimization.scaler
 
     def step(self, images: Tensor, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
         """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
@@ -172,13 +139,12 @@ class GKTTrainer:
             The same fields as `GKT`'s, detached and still on the device: reading them is what synchronises.
         """
         self.gkt.train()
-        images, targets = self._to_device(images), targets.to(self.device, non_blocking=True)
-        optimization = self.optimization
-        step = self.gkt.next_step - (1 if optimization.batches else 0)
+        images, targets = self._placement.batch(images, targets)
+        step, optimization = self.state.step, self.state.optimization
         factor = None if self.kd_schedule is None else self.kd_schedule(step)
         optimization.begin_batch()
         with self._synchronized_unless(update is False):
-            with self._autocast():
+            with self._placement.autocast():
                 output = self._parallel_gkt(
                     images,
                     targets,
@@ -194,11 +160,7 @@ class GKTTrainer:
 
     def finish_step(self) -> None:
         """The optimizer's step with the gradients at hand, and what follows it; for `step` calls with update=False."""
-        self.optimization.step()
-        if self._average is not None:
-            self._average.update()
-        if self.scheduler is not None and self.scheduler_interval == "step":
-            self.scheduler.step()
+        self.state.end_step()
 
     def _synchronized_unless(self, later: bool) -> AbstractContextManager:
         if later and isinstance(self._parallel_gkt, DistributedDataParallel):
@@ -230,15 +192,15 @@ class GKTTrainer:
         with scaling if scaled else nullcontext():
             return evaluate(
                 model,
-                self._on_device(loader),
+                self._placement.loader(loader),
                 depths,
                 stages=self.gkt.stages,
                 calibration_loader=(
-                    None if calibration_loader is None else self._on_device(calibration_loader)
+                    None if calibration_loader is None else self._placement.loader(calibration_loader)
                 ),
                 calibration_samples=calibration_samples,
                 ignore_index=self.config.ignore_index,
-                autocast=self._autocast(),
+                autocast=self._placement.autocast(),
             )
 
     def fit(
@@ -287,94 +249,110 @@ class GKTTrainer:
             DataLoadingError: a worker process of a loader died.
             NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
         """
-        return Fitting(
-            self,
-            train_loader,
+        if epochs < 0:
+            raise ValueError(f"epochs is {epochs}; it must be at least 0")
+        if log_interval < 1:
+            raise ValueError(f"log_interval is {log_interval}; it must be at least 1")
+        state = self.state
+        validation = Validation(
+            self.evaluate,
+            val_loader,
+            [named_subnet("val_depths", depths, self.gkt.stages) for depths in val_depths],
+            train_loader if calibration_loader is None else calibration_loader,
+            averaged=self.ema_model is not None,
+        )
+        folder = RunFolder(output_dir)
+        state.begin(train_loader, folder.open(resume))
+        folder.write_config(self.config)
+        loop = TrainingLoop(
+            state,
+            self.step,
+            self.finish_step,
             epochs=epochs,
-            val_loader=val_loader,
-            val_depths=val_depths,
-            calibration_loader=train_loader if calibration_loader is None else calibration_loader,
-            output_dir=output_dir,
-            resume=resume,
+            validation=validation,
+            folder=folder,
+            reports=Reports(
+                [*loggers, *folder.summary(state.epoch)], state.batches.length(), epochs, progress
+            ),
+            callbacks=Callbacks(callbacks, self),
             log_interval=log_interval,
-            loggers=loggers,
-            callbacks=callbacks,
-            progress=progress,
-        ).run()
+        )
+        return loop.run()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on exactly: tensors and plain Python values. Every rank must ask.
+        """The contents of a checkpoint (see `TrainingState.state_dict`). Every rank must call it.
 
         Raises:
             RuntimeError: gradients of some batches wait for the others of their step (`accumulate`).
         """
-        if self.optimization.batches:
-            raise RuntimeError(
-                f"{self.optimization.batches} of {self.optimization.accumulate} batches of a step are done; "
-                "the state can be taken between steps"
-            )
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self._average is None else self._average.state_dict(),
-            "gkt": self.gkt.get_extra_state(),
-            "config": self.config.to_dict(),
-            "best_accuracy": self.best_accuracy,
-            "skipped_steps": self.optimization.skipped,
-            "metrics": self.metrics.state_dict(),
-            **self.batches.state_dict(),
-        }
+        return self.state.state_dict()
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Restores a checkpoint written by `fit`, also with another number of ranks than it was written with.
+        """Restores a checkpoint written by `fit` (see `TrainingState.load`).
 
         Raises:
-            CheckpointError: it can't be read, or is of another model, optimizer, schedule or number of groups, or
-                lacks averaged weights or has them; nothing was changed.
+            CheckpointError: it can't be read, or doesn't fit; nothing was changed.
         """
-        state = load_checkpoint(path)
-        check_model_state(self.model, state["model"], path)
-        check_training_state(
-            state,
-            path,
-            optimizer=self.optimizer,
-            config=self.config,
-            scheduler=self.scheduler is not None,
-            ema=self._average is not None,
-        )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self._average is not None:
-            self._average.load_state_dict(state["ema"])
-        self.gkt.set_extra_state(state["gkt"])
-        self.best_accuracy = state["best_accuracy"]
-        self.optimization.skipped.copy_(state["skipped_steps"])
-        self.optimization.batches = 0  # gradients at hand are of a step that was broken off
-        self.metrics.load_state_dict(state["metrics"])
-        self.batches.load_state_dict(state)
+        self.state.load(path)
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.amp is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=AMP_DTYPES[self.amp])
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.gkt.model
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        memory_format = (
-            torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
-        )
-        return images.to(self.device, non_blocking=True, memory_format=memory_format)
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """The network with averaged weights; None without `ema_decay`."""
+        average = self.state.weight_average
+        return None if average is None else average.model
 
-    def _on_device(self, loader: Iterable[Any]) -> Iterator[Any]:
-        for batch in loader:
-            if isinstance(batch, (tuple, list)):
-                yield (self._to_device(batch[0]), *batch[1:])
-            else:
-                yield self._to_device(batch)
+    @property
+    def config(self) -> GKTConfig:
+        """The hyper-parameters."""
+        return self.gkt.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is trained."""
+        return self._placement.device
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        return self.state.optimization.optimizer
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where amp is "fp16"; does nothing otherwise."""
+        return self.state.optimization.scaler
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """The learning-rate scheduler; may be replaced between two calls of `fit`."""
+        return self.state.schedule.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: LRScheduler | None) -> None:
+        self.state.schedule.scheduler = scheduler
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.state.epoch
+
+    @property
+    def best_accuracy(self) -> float:
+        """Highest validation accuracy of an epoch so far, 0 to 1; -inf before the first."""
+        return self.state.best_accuracy
+
+    # Further names by which callbacks and loops of one's own read what the parts own.
+    optimization = property(attrgetter("state.optimization"))
+    batches = property(attrgetter("state.batches"))
+    metrics = property(attrgetter("state.metrics"))
+    skip_nonfinite = property(attrgetter("state.optimization.skip_nonfinite"))
+    scheduler_interval = property(attrgetter("state.schedule.interval"))
+    amp = property(attrgetter("_placement.amp"))
+    channels_last = property(attrgetter("_placement.channels_last"))
 
 
 def _use_deterministic_algorithms() -> None:
