@@ -1,4 +1,4 @@
-"""The command line, `python -m gkt_fast COMMAND`: one module for each command."""
+"""The command line, `python -m gkt_fast COMMAND`, with one module per command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 when what was asked for can't be done; 1 for a failed self-check."""
+    """Runs a command.
+
+    Args:
+        arguments: the command line without the program's name; None: this process's.
+
+    Returns:
+        The exit code: 0; 1 if the self-check found a fault; 2 if the command can't be carried out, with the reason on
+        stderr; 130 if it was interrupted.
+    """
     parser = argparse.ArgumentParser(prog="gkt-fast", description="Group Knowledge based Training.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Parsers of the flags' values, for argparse."""
+"""Parsers of flag values, for argparse. Each raises ArgumentTypeError, which argparse turns into its message."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def parse_device(text: str) -> str:
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
+    """Parses depths D-D-D, one for each stage."""
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers joined by '-', one for each stage")
@@ -63,11 +64,13 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 def parse_min_depth(text: str) -> int | tuple[int, ...]:
+    """Parses a smallest depth D of all stages, or D-D-D of each."""
     depths = parse_depths(text)
     return depths[0] if len(depths) == 1 else depths
 
 
 def parse_resolution(text: str) -> int | tuple[int, ...]:
+    """Parses a number of pixels, or LOWEST-HIGHEST."""
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts) or len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of pixels, or LOWEST-HIGHEST")
@@ -75,4 +78,5 @@ def parse_resolution(text: str) -> int | tuple[int, ...]:
 
 
 def parse_subnets(text: str) -> tuple[tuple[int, ...], ...]:
+    """Parses the depths of several subnets, D-D-D,D-D-D."""
     return tuple(parse_depths(part) for part in text.split(","))

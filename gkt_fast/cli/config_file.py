@@ -1,4 +1,4 @@
-"""The YAML files of `train`: flags read from one, and all flags written to `args.yaml`."""
+"""The YAML files of `train`: the one that `--config` reads, and `args.yaml`, which holds all flags of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ SEVERAL = ("evaluate-depths", "track-depths", "log")
 
 
 def with_config_file(arguments: list[str]) -> list[str]:
-    """Puts the flags of a `--config` file in front of those of the command line, which win."""
+    """Puts the flags from a `--config` file before those of the command line, so that the latter win.
+
+    Args:
+        arguments: the command line, the command first.
+
+    Raises:
+        ValueError: the file holds something other than a mapping.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("-c", "--config", type=Path)
     path = finder.parse_known_args(arguments)[0].config
@@ -46,7 +53,13 @@ def _flag_value(value: Any) -> str:
 
 
 def write_arguments(args: argparse.Namespace, config: GKTConfig, path: Path) -> None:
-    """Writes all flags, those of the configuration as they came out of the method; `-c` takes the file again."""
+    """Writes all flags to a file that `-c` reads.
+
+    Args:
+        args: the flags.
+        config: the configuration that resulted from the method and the flags; its values are written.
+        path: where to.
+    """
     values = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
     values = {name: _plain(value) for name, value in values.items()} | config.to_dict()
     path.write_text(yaml.safe_dump(values, sort_keys=False))

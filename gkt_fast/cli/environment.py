@@ -10,10 +10,10 @@ __all__ = ["add_arguments"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no flags."""
+    """Adds no flags: the command has none."""
     parser.set_defaults(run=print_environment)
 
 
 def print_environment(args: argparse.Namespace) -> None:
-    """What an issue report needs: versions, devices, how the native module was built, which backends work and why."""
+    """Prints versions, devices, how the native module was built, and which backends work or why they don't."""
     print("\n".join(format_environment(describe_environment())))

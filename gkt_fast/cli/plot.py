@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["Run", "add_arguments", "draw", "read_run"]
 
 LINES = ("-", "--", ":", "-.")
-"""Within a run the curves of a panel differ by line, between runs by colour."""
+"""Line styles tell the curves of one run apart; where there are several runs, colours tell the runs apart."""
 PANELS = (
     ("loss", ("train_loss", "val_loss"), "loss"),
     ("distillation term of each group", ("kd_group",), "KL divergence"),
     ("accuracy of the network and of subnets", ("val_accuracy",), "accuracy (%)"),
 )
-"""Title, first letters of the columns, label of the axis."""
+"""Of each panel the title, the prefixes of the columns shown, and the label of the axis."""
 LABELS = {
     "train_loss": "training",
     "val_loss": "validation",
@@ -30,7 +30,7 @@ LABELS = {
     "val_accuracy": "full network",
     "val_accuracy_ema": "full network, averaged weights",
 }
-"""Of columns whose name doesn't say it."""
+"""Legends of the columns that have fixed names."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
     parser.set_defaults(run=plot)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a summary.csv")
     parser.add_argument(
@@ -68,7 +69,7 @@ def read_run(path: Path) -> Run:
     """Reads a run's summary.csv.
 
     Raises:
-        ValueError: there is none, it holds no epoch, or a value is no number.
+        ValueError: there is none, it holds no epoch, or a value is not a number.
     """
     file = path / "summary.csv" if path.is_dir() else path
     if not file.is_file():

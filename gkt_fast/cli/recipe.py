@@ -1,4 +1,4 @@
-"""The parts of a training run, built as the flags of `train` say."""
+"""Builds the parts of a training run from the flags of `train`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,21 @@ CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(GKTConfig)}
 
 
 def build_config(args: argparse.Namespace, data: Data) -> GKTConfig:
-    """The method's configuration, with the flags that were given."""
+    """The method's configuration, changed by the flags that were given."""
     given = {name: value for name, value in vars(args).items() if name in CONFIG_FIELDS}
     image_size = data.train[0][0].shape[-1] if args.method == "st++" else None
     return method_config(args.method, image_size, **given)
 
 
 def build_model(name: str, data: Data) -> nn.Module:
-    """A network for the data by name: cifar_resnetN, a torchvision classifier, or timm:NAME.
+    """The network of a name, with as many classes and input channels as the data.
+
+    Args:
+        name: cifar_resnetN, a torchvision classifier, or timm:NAME.
+        data: what it is trained on.
 
     Raises:
-        ValueError: there is no such network, or it takes other images.
+        ValueError: there is no network of that name, or it doesn't take images with these channels.
     """
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
         depth = int(name.removeprefix("cifar_resnet"))
@@ -68,6 +72,7 @@ def build_model(name: str, data: Data) -> nn.Module:
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the network's parameters, which are moved to the device first."""
     model.to(args.device)
     if args.opt == "adamw":
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -79,6 +84,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 def build_scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The learning-rate schedule, in epochs; None: the rate stays as it is."""
     if args.sched == "none":
         return None
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.epochs - args.warmup_epochs, 1))
@@ -91,6 +97,7 @@ def build_scheduler(
 
 
 def synchronized(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The network, with SyncBatchNorm if there are several processes and the flags ask for it."""
     if not args.sync_bn or not is_distributed():
         return model
     if args.model.startswith("timm:"):  # torch's converter would lose the activations in timm's norm layers
@@ -101,6 +108,11 @@ def synchronized(args: argparse.Namespace, model: nn.Module) -> nn.Module:
 
 
 def build_loggers(args: argparse.Namespace, output: Path | None) -> list[Logger]:
+    """The loggers beside `summary.csv`.
+
+    Raises:
+        ValueError: there are some, but no folder to write to.
+    """
     if args.log and output is None:
         raise ValueError(
             f"log is {' '.join(args.log)} and output is not given; logs are written to the run's folder"
@@ -115,7 +127,7 @@ def build_loggers(args: argparse.Namespace, output: Path | None) -> list[Logger]
 
 
 def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of the training images, of the test images, and of training images that are not mixed."""
+    """Loaders of the training images, of the test images, and of the training images without mixing."""
     options = {
         "num_workers": args.workers,
         "pin_memory": args.device.startswith("cuda"),
@@ -133,7 +145,7 @@ def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, Dat
 
 
 class MixedBatches:
-    """Collates samples into a batch, then mixes it by torchvision's MixUp or CutMix, one of them drawn for each batch.
+    """Collates samples and mixes the batch by torchvision's MixUp or CutMix; each batch draws one of the two.
 
     Targets become class probabilities.
 
@@ -155,5 +167,5 @@ class MixedBatches:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
+    """Ctrl-C reaches the loader's workers too; they must live until the trainer has finished its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,7 +14,7 @@ __all__ = ["add_arguments"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Adds the command's flags."""
     parser.add_argument("--device", type=parse_device, help="default: cuda where there is one, otherwise cpu")
     parser.add_argument("--bench", action="store_true", help="also measure, against eager, compile and copy")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON too")

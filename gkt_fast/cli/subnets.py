@@ -34,9 +34,10 @@ __all__ = ["add_arguments", "print_subnets"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
     parser.set_defaults(run=print_subnets)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="of train, or its folder: best.pt there, or else last.pt")
+    add("checkpoint", type=Path, help="written by train; of a folder its best.pt, or else last.pt")
     _add_run_arguments(
         parser.add_argument_group("Flags of train; by default as in args.yaml beside the checkpoint")
     )
@@ -59,16 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-samples",
         type=parse_integer(1),
         default=2000,
-        help="for BatchNorm statistics of each subnet",
+        help="training images that give each subnet its BatchNorm statistics",
     )
     add("--output", type=Path, help="folder for subnets.csv and subnets.png; default: the checkpoint's")
-    add("--budget-flops", type=parse_number(0), help="of the best subnet: most FLOPs of one sample")
-    add("--min-accuracy", type=parse_number(0), help="of the best subnet: least accuracy, 0 to 1")
+    add(
+        "--budget-flops",
+        type=parse_number(0),
+        help="the best subnet takes at most so many FLOPs for a sample",
+    )
+    add("--min-accuracy", type=parse_number(0), help="the best subnet is at least so accurate, 0 to 1")
     add("--export-onnx", type=Path, metavar="PATH", help="write the best subnet as ONNX")
 
 
 def _add_run_arguments(parser: Any, defaults: bool = False) -> None:
-    """Those flags of `train` that say which network and which images; without defaults only given ones have a value."""
+    """Adds the flags of `train` that say which network and which images.
+
+    Args:
+        parser: an argument parser, or a group of one.
+        defaults: whether flags that are not given take the defaults of `train`; otherwise they are left out.
+    """
     of_train = argparse.ArgumentParser()
     train.add_arguments(of_train)
 
@@ -155,7 +165,7 @@ def _run_arguments(folder: Path, args: argparse.Namespace) -> argparse.Namespace
 
 
 def _averaged_weights(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """The state of `AveragedModel`, as that of the network itself."""
+    """The averaged weights under the network's own names, without the prefix of torch's `AveragedModel`."""
     if state["ema"] is None:
         raise CheckpointError(f"{checkpoint} holds no averaged weights; train writes them with --ema-decay")
     prefix = "module."
