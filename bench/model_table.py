@@ -4,7 +4,7 @@
 
 writes it into docs/models.md, and its short form into README.md. Costs are expectations in plain steps with the default
 configuration (three subnets), counted in FLOPs of the networks as their libraries give them.
-python_tests/test_model_coverage.py holds every row against the code.
+python_tests/network/test_model_coverage.py holds every row against the code.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_step import (
+from helpers.reference_step import (
     MODES,
     TOLERANCES,
     assert_modes_agree,
@@ -19,7 +19,7 @@ from reference_step import (
     random_drops,
     reference_step,
 )
-from small_nets import Block
+from helpers.small_nets import Block
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import ResNet

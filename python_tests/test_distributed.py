@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo): what the ranks check themselves is in distributed_checks.py."""
+"""Several processes on the CPU (gloo): what the ranks check themselves is in helpers/distributed_checks.py."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_checks import JOINED_BATCH, data, loader, make_trainer
-from reference_step import one_thread  # noqa: F401
+from helpers.distributed_checks import JOINED_BATCH, data, loader, make_trainer
+from helpers.processes import environment
+from helpers.reference_step import one_thread  # noqa: F401
 from torch import Tensor
 from torch.distributed.run import get_args_parser as torchrun_arguments
 from torch.utils.data import DataLoader, DistributedSampler
@@ -33,8 +34,7 @@ from gkt_fast.distributed import (
 )
 from gkt_fast.training.checkpoint import load_checkpoint
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment(OMP_NUM_THREADS="1")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -42,7 +42,7 @@ def run_ranks(ranks: int, folder: Path) -> None:
     """Runs all checks on so many processes."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "distributed_checks.py"), str(rank), str(ranks), str(folder)],
+            [sys.executable, "-m", "helpers.distributed_checks", str(rank), str(ranks), str(folder)],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -125,7 +125,7 @@ def test_an_epoch_that_was_begun_in_other_batches_goes_on_at_the_same_sample(tmp
 def test_a_rank_that_dies_ends_the_run_with_its_error_and_leaves_the_last_checkpoint(tmp_path):
     started = time.perf_counter()
     result = subprocess.run(
-        [*TORCHRUN, str(HERE / "dying_rank.py"), str(tmp_path / "run")],
+        [*TORCHRUN, "-m", "helpers.dying_rank", str(tmp_path / "run")],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_step import MODES, count_calls, one_thread  # noqa: F401
+from helpers.reference_step import MODES, count_calls, one_thread  # noqa: F401
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig, Subnet

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_step import Skip, one_thread  # noqa: F401
-from small_nets import Block, Net
+from helpers.reference_step import Skip, one_thread  # noqa: F401
+from helpers.small_nets import Block, Net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

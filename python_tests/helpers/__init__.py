@@ -1,0 +1,1 @@
+"""What several tests build on: references, small networks, backends, programs for processes of their own."""

@@ -1,0 +1,99 @@
+"""ghost_batch_norm written again for its tests: one ghost batch after another, in float64, by basic operations."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from cuda_host import build
+from torch import Tensor
+
+from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
+from helpers.backends import running_on, unavailable
+
+BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
+
+
+def formula(x, weight, bias, ghosts, residual=None, keep=None, relu=True, eps=1e-5, running=None):
+    """y, mean, var and z (before the activation) of float64 tensors."""
+    rows = x.shape[0] // ghosts
+    over = [0, *range(2, x.dim())]
+    wide = (1, -1, *[1] * (x.dim() - 2))
+    ys, means, variances, zs = [], [], [], []
+    for g in range(ghosts):
+        part = x[g * rows : (g + 1) * rows]
+        n = part.numel() / part.shape[1]
+        mean = part.sum(over) / n if running is None else running[0]
+        centered = part - mean.reshape(wide)
+        var = (centered * centered).sum(over) / n if running is None else running[1]
+        z = centered / (var.reshape(wide) + eps) ** 0.5
+        z = z if weight is None else z * weight.reshape(wide)
+        z = z if bias is None else z + bias.reshape(wide)
+        if residual is not None:
+            z = z + residual[g * rows : (g + 1) * rows]
+        y = z * (z > 0) if relu else z
+        if keep is not None and not keep[g]:
+            y = residual[g * rows : (g + 1) * rows]
+        ys.append(y), means.append(mean), variances.append(var), zs.append(z)
+    return torch.cat(ys), torch.stack(means), torch.stack(variances), torch.cat(zs)
+
+
+def relative_norm(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|; the norm itself where nothing is expected."""
+    difference = (actual.double() - expected).norm().item()
+    return difference / (expected.norm().item() or 1.0)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy with neighbouring channels, of any rank."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def make(shape, dtype=torch.float32, layout="planes", seed=0, mean=0.5, std=2.0) -> dict[str, Tensor]:
+    """x, weight, bias, residual and the gradient of y, which reach the op as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    tensors = {
+        "x": (normal(*shape) * std + mean).to(dtype),
+        "weight": normal(shape[1]).to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "bias": normal(shape[1]).to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "residual": normal(*shape).to(dtype),
+        "grad_y": normal(*shape).to(dtype),
+    }
+    if layout == "channels_last":
+        tensors = {name: channels_last(t) if t.dim() > 2 else t for name, t in tensors.items()}
+    return tensors
+
+
+def expected(tensors, ghosts, with_residual=True, **options) -> dict[str, Tensor]:
+    """Results and gradients in float64, and grad_y, set to zero where the ReLU is so near its corner that rounding
+    decides."""
+    leaves = {name: t.detach().double().requires_grad_() for name, t in tensors.items() if name != "grad_y"}
+    residual = leaves["residual"] if with_residual else None
+    y, mean, var, z = formula(
+        leaves["x"], leaves["weight"], leaves["bias"], ghosts, residual=residual, **options
+    )
+    near = z.detach().abs() < 1e-3
+    keep = options.get("keep")
+    if keep is not None:
+        near &= keep.repeat_interleave(z.shape[0] // ghosts).reshape(-1, *[1] * (z.dim() - 1))
+    grad_y = tensors["grad_y"].masked_fill(near, 0) if options.get("relu", True) else tensors["grad_y"]
+    y.backward(grad_y.double())
+    if not with_residual:
+        del leaves["residual"]
+    gradients = {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
+    }
+    return {"y": y.detach(), "mean": mean.detach(), "var": var.detach(), **gradients, "grad_y": grad_y}
+
+
+def on_backend(name: str) -> AbstractContextManager[None]:
+    """Runs the op on that backend; "cuda-host" is the CUDA source compiled for the CPU."""
+    if name == "cuda-host":
+        if reason := build.missing_tools():
+            unavailable(name, reason)
+        build.register("ghost_batch_norm", CudaBackend)
+    return running_on("ghost_batch_norm", name)

@@ -1,0 +1,53 @@
+"""Links and commands in the documentation lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("python_tests/**/*.md")])
+NAMED = re.compile(r"`((?:gkt_fast|bench|docs|examples|csrc|kernels|python_tests)/[\w./]+)`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a forge gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(without_code(page.read_text())):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or not file.is_relative_to(ROOT) or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_pages_are_reached_from_the_readme(page: Path) -> None:
+    assert f"docs/{page.name}" in (ROOT / "README.md").read_text()
+
+
+def test_what_pages_name_exists() -> None:
+    """Paths in backticks, such as `bench/norm.py`, unless they are examples of a new op's name."""
+    missing = []
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:gkt_fast|bench|docs|examples|csrc|kernels|python_tests)/[\w./]+)`", page.read_text()
+        ):
+            if "my_op" not in path and not (ROOT / path).exists():
+                missing.append((page.name, path))
+    assert not missing
