@@ -1,14 +1,14 @@
-"""Does it train better, for how much, and against whom: one CSV row per finished training run.
+"""How well the methods train, and for what cost: one CSV row per finished training run.
 
     python bench/accuracy.py imagefolder:PATH --train-images 1000 --epochs 100 --seeds 0 1 2
     python bench/accuracy_report.py
 
 PATH holds train/CLASS/*, and test/CLASS/* or val/CLASS/* (CIFAR-10 as images, for instance). A run that has its row is
-skipped, one that was cut off goes on from its last epoch, and `--minutes` bounds when new runs are started: so the
-whole can be run in pieces. Checkpoints stay in WORK: a run whose row was deleted is only evaluated again. Every run
-of a seed starts from the same weights and sees the same order of images; the training images are the same in all
-runs. What a step costs is measured first, in CPU time of one thread and with the recipes in turn, and kept
-(`accuracy_cost.csv`): wall-clock times of runs on a busy machine say little.
+skipped, one that was cut off goes on from its last epoch, and no run starts after `--minutes`: so the whole can be
+run in pieces. Checkpoints stay in WORK: a run whose row was deleted is only evaluated again. Every run of a seed starts
+from the same weights and sees the same order of images; the training images are the same in all runs. What a step
+costs is measured first, in CPU time of one thread and with the recipes in turn, and kept (`accuracy_cost.csv`):
+wall-clock times of runs on a busy machine say little.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ CHOICES = {
     "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2, baseline="gkt"),
     "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}, baseline="gkt, 2 loops"),
     "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}, baseline="gkt, 2 loops"),
-    "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "sequential"}, baseline="gkt"),
+    "gkt, batch_norm all_streams": Recipe("gkt", {"batch_norm": "all_streams"}, baseline="gkt"),
     "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
 }
 SETTING = (

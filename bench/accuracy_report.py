@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accuracy import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SETTING, read
-from documents import replace_marked
 from harness import RESULTS
+
+from gkt_fast.instruments.tables import replace_marked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

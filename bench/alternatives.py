@@ -19,37 +19,13 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, environment, measure, print_table, write_csv
-from models import MODELS, TransformerBlock, VisionTransformerLike
+from models import MODELS
 from throughput import gkt_step, plain_step
-from torch import Tensor
 
 from gkt_fast import GKT, method_config
+from gkt_fast.instruments.transformer import with_drop_path
 
 RATES = (0.1, 0.3, 0.5)
-
-
-class SubsetDropPathBlock(TransformerBlock):
-    """The block with its branches on random subsets of the batch; `rate` is the share of samples left out."""
-
-    rate = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, lambda part: self._attention(self.norm1(part)))
-        return self._add(x, lambda part: self.mlp(self.norm2(part)))
-
-    def _add(self, x: Tensor, branch) -> Tensor:
-        kept = max(round((1 - self.rate) * len(x)), 1)
-        rows = torch.randperm(len(x), device=x.device)[:kept]
-        return torch.index_add(x, 0, rows, branch(x[rows]), alpha=len(x) / kept)
-
-
-def with_drop_path(model: VisionTransformerLike, rate: float) -> VisionTransformerLike:
-    """A copy whose blocks drop samples at the rate."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        block.__class__ = SubsetDropPathBlock
-        block.rate = rate
-    return model
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import platform
 import statistics
@@ -13,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from gkt_fast.instruments.tables import print_table, write_csv
+
+__all__ = ["RESULTS", "SavedMemory", "Timing", "environment", "measure", "print_table", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -154,25 +157,3 @@ def _commit() -> str:
     except FileNotFoundError:  # no git here
         return "unknown"
     return result.stdout.strip() or "unknown"
-
-
-def write_csv(path: str | Path, rows: list[dict[str, object]]) -> None:
-    """Writes the rows, with the union of their columns in order of appearance."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def print_table(rows: list[dict[str, object]], columns: list[str]) -> None:
-    """Prints the chosen columns as an aligned table; floats with four significant digits."""
-    cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

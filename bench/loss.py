@@ -2,7 +2,7 @@
 
     python bench/loss.py                # all shapes; writes results/loss.csv and results/loss.png
     python bench/loss.py --shapes 0 1   # some of them
-    python bench/loss.py --plot         # the plot again, from the CSV
+    python bench/loss.py --plot         # only the plot, from the CSV
 
 Every provider gets the same tensors, one call of each in turn. `copy` is logits.clone() into fresh memory, as the
 gradient is fresh; `copy into` writes to memory that is already there. Extra memory is the peak during one call above

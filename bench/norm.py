@@ -3,7 +3,7 @@
     python bench/norm.py [--repeats 40] [--threads 2] [--retain-memory]
 
 Prints a table, writes bench/results/norm.csv and bench/results/norm.png. With --retain-memory glibc keeps freed
-memory instead of giving it back to the system, so that page faults of fresh memory don't count
+memory instead of returning it to the system, so that page faults of fresh memory don't count
 (norm_retained.*). The floor is the time that a copy takes for the bytes that two passes each way must move:
 forward reads x twice and the residual, writes y; backward reads x and the gradient of y twice, writes two
 gradients; plus the mask.

@@ -3,7 +3,8 @@
     python bench/overhead.py --model cifar_resnet56
 
 Both run the same blocks on the same subnets, every distinct activation once, and the same loss. The one written by
-hand knows the network: it walks its three stages and keeps their activations in dicts. Reported is the median over the
+hand (gkt_fast/instruments/hand_written.py) knows the network: it walks its three stages and keeps their activations in
+dicts. Reported is the median over the
 steps of the time of `shared` relative to it, and both relative to a plain step of the same model.
 """
 
@@ -13,19 +14,17 @@ import argparse
 import copy
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from harness import RESULTS, environment, measure, print_table, write_csv
 from models import MODELS
 from throughput import gkt_step, plain_step
 from torch import Tensor, nn
 
-from gkt_fast import GKT, GKTConfig, fuse_blocks, group_knowledge_loss
-from gkt_fast.models import CifarResNet
+from gkt_fast import GKT, GKTConfig, fuse_blocks
+from gkt_fast.instruments.hand_written import hand_written_step
 
 WARMUP = 2
 COLUMNS = ["model", "step", "overhead_percent", "ratio", "median_ms", "lower_ms", "upper_ms"]
@@ -113,81 +112,6 @@ def hand_written_training_step(gkt: GKT, images: Tensor, targets: Tensor) -> Cal
         optimizer.step()
 
     return step
-
-
-def hand_written_step(
-    model: CifarResNet,
-    norms: Sequence[nn.BatchNorm2d],
-    images: Tensor,
-    targets: Tensor,
-    depths: Sequence[tuple[int, ...]],
-    config: GKTConfig,
-) -> tuple[Tensor, Tensor]:
-    """Loss and terms of a step: the full network, then the subnets that keep the first blocks of each stage.
-
-    Args:
-        model: the network.
-        norms: its BatchNorm layers; only the full network updates their running statistics.
-        images: (B, C, H, W).
-        targets: (B,).
-        depths: of the subnets.
-        config: weights of the loss.
-    """
-    stages = (model.layer1, model.layer2, model.layer3)
-    full = tuple(map(len, stages))
-    activations: dict[tuple[int, ...], Tensor] = {}
-
-    def run_stage(before: tuple[int, ...], depth: int) -> None:
-        """Extends what is known of the stage behind `before` to `depth` blocks."""
-        blocks = stages[len(before)]
-        for k in range(depth):
-            if (*before, k + 1) not in activations:
-                x = activations[(*before, k) if k else before]
-                activations[(*before, k + 1)] = blocks[k](x)
-
-    def run_stream(stream: tuple[int, ...]) -> None:
-        for stage, depth in enumerate(stream):
-            run_stage(stream[:stage], depth)
-            if depth == 0:
-                activations[stream[: stage + 1]] = activations[stream[:stage]]
-
-    activations[()] = F.relu(model.bn1(model.conv1(images)))
-    run_stream(full)
-    logits = {full: _head(model, activations[full])}
-    with _without_updates(norms):
-        for stream in depths:
-            if stream not in logits:
-                run_stream(stream)
-                logits[stream] = _head(model, activations[stream])
-    stacked = torch.stack([logits[stream] for stream in (full, *depths)])
-    return group_knowledge_loss(
-        stacked,
-        targets,
-        groups=config.groups,
-        loops=config.loops,
-        ema=config.ema,
-        temperature=config.temperature,
-        normalize_logits=config.normalize_logits,
-        ce_weight=config.ce_weight,
-        kd_weight=config.kd_weight,
-        subnet_ce_weight=config.subnet_ce_weight,
-    )
-
-
-def _head(model: CifarResNet, x: Tensor) -> Tensor:
-    return model.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-
-
-@contextmanager
-def _without_updates(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
-    """The layers normalise by their batch, and leave their running statistics alone."""
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 if __name__ == "__main__":

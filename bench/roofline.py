@@ -3,9 +3,9 @@
     python bench/roofline.py [--models resnet50 cifar_resnet56 vit_s16] [--steps 8]
 
 Forward and backward of a plain step, as it is and with `fuse_blocks`, and of GKT steps (groups=3, loops=1) in each
-mode are run on fake tensors, which have shapes but no elements; a dispatch mode counts the bytes, FLOPs and
-launches of every op (op_counts.py; our ops are one op each). An op then takes at least max(bytes / bandwidth, FLOPs
-/ peak), and each launch a latency. Nothing here is measured: the times are PREDICTIONS, bounds from below for
+mode are run on fake tensors, which have shapes but no elements, and every op's bytes, FLOPs and launches are counted
+(gkt_fast/instruments; our ops are one op each). An op then takes at least max(bytes / bandwidth, FLOPs / peak), and
+each launch a latency. Nothing here is measured: the times are PREDICTIONS, bounds from below for
 kernels as good as the hardware, without reuse of a cache between ops. In float32 matrix products and convolutions
 count as TF32; bfloat16 is autocast. Counts are means over steps with new subnets. Targets are soft, so that no op
 reads values. Left out are the optimizer, the same in every mode, and the few small ops by which the launchers of
@@ -17,33 +17,14 @@ Writes bench/results/roofline.csv; what it says is in docs/roofline.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from harness import RESULTS, print_table, write_csv
-from op_counts import OpCost, OpCounter, fake_in_place
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gkt_fast import GKT, GKTConfig, fuse_blocks, use_backend
+from gkt_fast.instruments.roofline import Network, predict
 from gkt_fast.models import cifar_resnet
-
-PLAIN = ("plain", "plain+fused")
-MODES = (*PLAIN, "sequential", "shared", "stacked", "lean")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network, its images' size and its usual batch size."""
-
-    build: Callable[[], nn.Module]
-    image_size: int
-    batch_size: int
-    classes: int
 
 
 def _resnet50() -> nn.Module:
@@ -65,51 +46,6 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a GPU can do.
-
-    Args:
-        bandwidth: of main memory, bytes/s.
-        peaks: FLOP/s of matrix products by the dtype of their inputs, without sparsity.
-        launch: seconds from one kernel to the next when neither does anything.
-    """
-
-    bandwidth: float
-    peaks: dict[torch.dtype, float]
-    launch: float
-
-
-# Two additions of 1,024 elements in a CUDA graph are 1.1 us apart: https://github.com/pytorch/pytorch/issues/161104
-GRAPH_LAUNCH = 1.1e-6
-# A launch outside a graph costs the CPU 4 to 6 us: https://susun-blog.com/blog/pegainfer-3-cuda-graph
-CPU_LAUNCH = 4e-6
-
-GPUS = {
-    # Data sheets, without sparsity. https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
-    # (H100 SXM: 3.35 TB/s, 989.4 and 494.7 TFLOPS), https://www.nvidia.com/en-us/data-center/a100/ (80 GB SXM: 2,039
-    # GB/s, 312 and 156 TFLOPS); the digits after the point: https://glennklockwood.com/garden/processors/h100
-    ("H100 SXM", "data sheet"): Rates(
-        3.35e12, {torch.bfloat16: 989.4e12, torch.float32: 494.7e12}, GRAPH_LAUNCH
-    ),
-    ("A100 SXM 80GB", "data sheet"): Rates(
-        2.039e12, {torch.bfloat16: 312e12, torch.float32: 156e12}, GRAPH_LAUNCH
-    ),
-    # Measured. H100: 3.01 TB/s in Nsight Compute,
-    # https://github.com/Dao-AILab/quack/blob/main/media/2025-07-10-membound-sol.md
-    # A100: 1.80 TB/s, https://forums.developer.nvidia.com/t/trouble-to-reach-peak-bandwidth-of-a100/339083
-    # bfloat16 products of 794.5 and 271.2 TFLOPS at the best shape,
-    # https://github.com/stas00/ml-engineering/tree/master/compute/accelerator (Maximum Achievable Matmul FLOPS).
-    # TF32: no measurement was found; the same share of the data sheet as bfloat16.
-    ("H100 SXM", "measured"): Rates(
-        3.01e12, {torch.bfloat16: 794.5e12, torch.float32: 0.803 * 494.7e12}, GRAPH_LAUNCH
-    ),
-    ("A100 SXM 80GB", "measured"): Rates(
-        1.80e12, {torch.bfloat16: 271.2e12, torch.float32: 0.869 * 156e12}, GRAPH_LAUNCH
-    ),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,105 +58,11 @@ def main() -> None:
     rows = []
     for name in args.models:
         for dtype in (torch.bfloat16, torch.float32):
-            rows += predict(name, dtype, args.steps, args.batch_size)
+            rows += predict(name, NETWORKS[name], dtype, args.steps, args.batch_size)
     write_csv(args.csv, rows)
     print("PREDICTED lower bounds, not measured")
     print_table(rows, [column for column in rows[0] if column not in ("batch_size", "steps", "torch")])
     print(f"written to {args.csv}")
-
-
-def predict(name: str, dtype: torch.dtype, steps: int, batch_size: int | None = None) -> list[dict]:
-    """The rows of one network in one precision: every mode on every GPU."""
-    network = NETWORKS[name]
-    batch_size = batch_size or network.batch_size
-    counts = {}
-    for mode in MODES:
-        counts[mode] = count_steps(network, mode, dtype, batch_size, 1 if mode in PLAIN else steps)
-    rows = []
-    for (gpu, kind), rates in GPUS.items():
-        plain = bound(counts["plain"], rates)
-        for mode, runs in counts.items():
-            seconds = bound(runs, rates)
-            launches = mean(sum(op.launches for op in run) for run in runs)
-            rows.append(
-                {
-                    "model": name,
-                    "dtype": "float32 (TF32)" if dtype == torch.float32 else "bfloat16",
-                    "mode": mode,
-                    "gpu": gpu,
-                    "rates": kind,
-                    "gflop": mean(sum(op.flops for op in run) for run in runs) / 1e9,
-                    "gbytes": mean(sum(op.bytes for op in run) for run in runs) / 1e9,
-                    "launches": launches,
-                    "predicted_ms": 1e3 * seconds,
-                    "plain_steps": seconds / plain,
-                    "memory_share": memory_bound_share(runs, rates),
-                    "cpu_ms": 1e3 * launches * CPU_LAUNCH,
-                    "batch_size": batch_size,
-                    "steps": len(runs),
-                    "torch": torch.__version__,
-                }
-            )
-    return rows
-
-
-def count_steps(
-    network: Network, mode: str, dtype: torch.dtype, batch_size: int, steps: int
-) -> list[list[OpCost]]:
-    """The ops of forward and backward of each step."""
-    torch.manual_seed(0)
-    model = network.build().to(memory_format=torch.channels_last)
-    shape = (batch_size, 3, network.image_size, network.image_size)
-    gkt = None
-    if mode == "plain+fused":
-        fuse_blocks(model)
-    elif mode != "plain":
-        gkt = GKT(model, GKTConfig(execution=mode, fuse_blocks=mode != "sequential"))
-        with torch.no_grad():  # the first step learns about the layers, from tensors with elements
-            gkt(torch.zeros(2, *shape[1:]), torch.zeros(2, dtype=torch.int64), step=0)
-    fake = FakeTensorMode()
-    fake_in_place(model, fake)
-    runs = []
-    autocast = torch.autocast("cpu", dtype) if dtype == torch.bfloat16 else nullcontext()
-    with (
-        fake,
-        use_backend("cpp"),
-    ):  # not plain torch, so that our ops are there to be counted; none is executed
-        images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
-        targets = torch.empty(batch_size, network.classes)
-        for step in range(steps):
-            for parameter in model.parameters():
-                parameter.grad = None
-            with OpCounter() as counter:
-                with autocast:
-                    if gkt is None:
-                        loss = F.cross_entropy(model(images).float(), targets)
-                    else:
-                        loss = gkt(images, targets, step=step).loss
-                loss.backward()
-            runs.append(counter.ops)
-    return runs
-
-
-def op_seconds(op: OpCost, rates: Rates) -> tuple[float, float]:
-    """The time that an op's bytes take, and its FLOPs."""
-    return op.bytes / rates.bandwidth, op.flops / rates.peaks.get(op.dtype, float("inf"))
-
-
-def bound(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:
-    """The least seconds of a step, its mean over the runs."""
-    return mean(sum(max(op_seconds(op, rates)) + op.launches * rates.launch for op in run) for run in runs)
-
-
-def memory_bound_share(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:
-    """The share of the bound that ops take whose bytes need longer than their FLOPs."""
-    memory = mean(sum(m for m, f in (op_seconds(op, rates) for op in run) if m >= f) for run in runs)
-    return memory / bound(runs, rates)
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Every repeat draws new subnets and runs all modes on them, one after another, next to a plain step of the model as it
 is (eager, blocks not fused). Reported are the medians, the quartiles, the ratio of the medians, the mean ratio (what
 training pays on average: the cost varies with the subnets), the same in FLOPs, and the most activation memory that
-autograd held during a step. sequential+compile is the loop with torch.compile'd blocks; plain+fused is plain training
-with `gkt_fast.fuse_blocks`.
+autograd held during a step. sequential+compile runs the streams one by one with compiled blocks;
+plain+fused is plain training with `gkt_fast.fuse_blocks`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def make_gkt(model: torch.nn.Module, mode: str, args: argparse.Namespace) -> GKT:
-    """The model in one mode. The sequential loop runs the model as it is, the others with fused blocks."""
+    """The model in one mode. `sequential` runs the model as it is, the others with fused blocks."""
     execution = mode.partition("+")[0]
     config = GKTConfig(
         groups=args.groups, loops=args.loops, execution=execution, fuse_blocks=execution != "sequential"
@@ -163,7 +163,7 @@ def gkt_step(gkt: GKT, images: torch.Tensor, targets: torch.Tensor) -> Callable[
 
 
 def flops_ratio(gkt: GKT, mode: str, repeats: int) -> float:
-    """Mean cost of the measured steps in plain steps, from the plan."""
+    """Mean cost of the measured steps in plain steps, from the execution plan."""
     costs = [gkt.cost(gkt.sample(WARMUP + step)) for step in range(repeats)]
     return statistics.fmean(
         c.sequential_ratio if mode.startswith("sequential") else c.shared_ratio for c in costs

@@ -4,8 +4,8 @@
 
 Every repeat trains the same number of steps, on the same batches and with the same subnets, by a loop of five lines, by
 `fit` (with its metrics, read once in so many steps), and by `fit` with each of its options. Reported is the median over
-the repeats of each time relative to the loop's beside it. Then one long `fit` prints, at ten times, the resident
-memory of the process and the number of blocks that Python has allocated.
+the repeats of each time relative to the loop's beside it. Then one long `fit` prints, ten times on its way, the
+resident memory of the process and the number of blocks that Python has allocated.
 """
 
 from __future__ import annotations

@@ -1,18 +1,27 @@
-"""bench/accuracy.py runs in pieces, and its report computes what it says."""
+"""bench/accuracy.py runs in pieces, and its report computes what it says. Both are run as a user runs them."""
 
 from __future__ import annotations
 
 import csv
 import math
-import sys
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-import accuracy
-import accuracy_report
 import pytest
 import torch
-from documents import marked
+from helpers.documents import ROOT
+from helpers.processes import run_script
 from torchvision.io import write_png
+
+from gkt_fast.instruments.tables import marked, write_csv
+
+SETTING = {
+    "train_images": "8", "test_images": "8", "image_size": "8", "depth": "8", "width": "8", "epochs": "8",
+    "batch_size": "8", "lr": "8", "weight_decay": "8", "precision": "8",
+}  # fmt: skip
+COST_SETTING = {"image_size": 8, "depth": 14, "width": 4, "batch_size": 10, "precision": "fp32"}
+"""Of the runs below."""
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +39,35 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(monkeypatch: pytest.MonkeyPatch, images: Path, results: Path, *more: str) -> list[dict[str, str]]:
-    arguments = (
-        f"accuracy.py imagefolder:{images} --train-images 40 --test-images 20 --image-size 8 --depth 14 --width 4 "
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def arguments(images: Path, results: Path, *more: str) -> list[str]:
+    start = (
+        f"imagefolder:{images} --train-images 40 --test-images 20 --image-size 8 --depth 14 --width 4 "
         f"--epochs 2 --batch-size 10 --csv {results / 'a.csv'} --work {results / 'work'}"
     )
-    monkeypatch.setattr(sys, "argv", [*arguments.split(), *more])
-    threads = torch.get_num_threads()
-    accuracy.main()
-    torch.set_num_threads(threads)
-    return accuracy.read(results / "a.csv")
+    return [*start.split(), *more]
 
 
-def test_runs_are_kept_skipped_and_reported(
-    monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(
-        accuracy, "measure_costs", lambda names, data, args: {n: 2.0 if n != "plain" else 1.0 for n in names}
-    )
+def run(images: Path, results: Path, *more: str) -> list[dict[str, str]]:
+    run_script("bench/accuracy.py", *arguments(images, results, *more), folder=results)
+    path = results / "a.csv"
+    return read(path) if path.exists() else []
+
+
+def know_costs(results: Path, costs: dict[str, float]) -> None:
+    """As if the costs had been measured before: what is in the file isn't measured again."""
+    rows = [COST_SETTING | {"recipe": name, "step_cost": cost} for name, cost in costs.items()]
+    write_csv(results / "a_cost.csv", rows)
+
+
+def test_runs_are_kept_skipped_and_reported(images: Path, tmp_path: Path) -> None:
+    know_costs(tmp_path, {"plain": 1.0, "gkt": 2.0, "stochastic depth": 2.0, "st++": 2.0, "plain 1-1-1": 2.0})
     recipes = ["--recipes", "plain", "plain, cost of gkt", "stochastic depth", "st++", "plain 1-1-1"]
-    rows = run(monkeypatch, images, tmp_path, "--seeds", "0", *recipes)
+    rows = run(images, tmp_path, "--seeds", "0", *recipes)
     assert [row["recipe"] for row in rows] == recipes[1:]
     assert [int(row["epochs_run"]) for row in rows] == [2, 4, 2, 2, 2]
     assert [float(row["step_cost"]) for row in rows] == [1.0, 1.0, 2.0, 2.0, 2.0]
@@ -57,60 +75,77 @@ def test_runs_are_kept_skipped_and_reported(
     assert [row["1-1-1"] != "" for row in rows] == [True, True, True, True, False]
     assert all(0 < float(row["cpu_seconds"]) < 100 for row in rows)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(accuracy.GKTTrainer, "step", lambda *_: pytest.fail("trained again"))
-        (tmp_path / "a.csv").unlink()
-        assert run(patch, images, tmp_path, "--seeds", "0", *recipes) == rows
-    again = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain")
+    (tmp_path / "a.csv").unlink()
+    epochs = {path: path.read_bytes() for path in (tmp_path / "work").glob("*/summary.csv")}
+    assert len(epochs) == 5
+    assert run(images, tmp_path, "--seeds", "0", *recipes) == rows
+    assert all(path.read_bytes() == before for path, before in epochs.items()), "trained again"
+    again = run(images, tmp_path, "--seeds", "0", "1", "--recipes", "plain")
     assert again[:5] == rows
     assert [(row["recipe"], row["seed"]) for row in again[5:]] == [("plain", "1")]
-    assert (
-        len(run(monkeypatch, images, tmp_path, "--seeds", "2", "--recipes", "plain", "--minutes", "0")) == 6
-    )
+    assert len(run(images, tmp_path, "--seeds", "2", "--recipes", "plain", "--minutes", "0")) == 6
 
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["accuracy_report.py", str(tmp_path / "a.csv")])
-    accuracy_report.main()
-    printed = capsys.readouterr().out
+    printed = run_script("bench/accuracy_report.py", tmp_path / "a.csv", folder=tmp_path)
     assert all(
         f"| {name} |" in printed for name in ["plain, cost of gkt", "stochastic depth", "st++", "1-1-1"]
     )
     assert (tmp_path / "accuracy_40x8px_2epochs.png").stat().st_size > 1000
 
 
-def test_runs_of_a_seed_start_alike(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
+def test_runs_of_a_seed_start_alike(images: Path, tmp_path: Path) -> None:
     """The paired difference rests on it: equal recipes give equal rows, another seed gives another."""
-    monkeypatch.setattr(accuracy, "measure_costs", lambda names, data, args: dict.fromkeys(names, 1.0))
-    rows = run(monkeypatch, images, tmp_path, "--seeds", "0", "1", "--recipes", "plain", "plain, cost of gkt")
+    know_costs(tmp_path, {"plain": 1.0, "gkt": 1.0})
+    rows = run(images, tmp_path, "--seeds", "0", "1", "--recipes", "plain", "plain, cost of gkt")
     losses = [row["full_loss"] for row in rows]
     assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
 
 
-def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
-    run(monkeypatch, images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
-    with open(tmp_path / "a_cost.csv", newline="") as file:
-        costs = {row["recipe"]: float(row["step_cost"]) for row in csv.DictReader(file)}
+def test_costs_are_measured_once(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
+    measured = (tmp_path / "a_cost.csv").read_bytes()
+    costs = {row["recipe"]: float(row["step_cost"]) for row in read(tmp_path / "a_cost.csv")}
     assert set(costs) == {"plain", "gkt"}
     assert costs["plain"] == 1.0 and costs["gkt"] > 0
-    monkeypatch.setattr(
-        accuracy, "measure_costs", lambda names, data, args: pytest.fail(f"{names} measured again")
-    )
-    run(monkeypatch, images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
-
-
-def test_the_interval_is_student_s() -> None:
-    """Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027."""
-    values, baseline = {"0": 11.0, "1": 22.0, "2": 33.0, "9": 0.0}, {"0": 10.0, "1": 20.0, "2": 30.0}
-    mean, half = accuracy_report.difference(values, baseline)
-    assert mean == pytest.approx(2.0)
-    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert accuracy_report.difference({"0": 1.0}, baseline) is None
+    run(images, tmp_path, "--seeds", "0", "--recipes", "gkt", "--minutes", "0")
+    assert (tmp_path / "a_cost.csv").read_bytes() == measured, "measured again"
 
 
 def made_up(recipe: str, seed: int, full: float, smallest: float | None) -> dict[str, str]:
-    row = dict.fromkeys(accuracy.SETTING, "8") | {"recipe": recipe, "seed": str(seed), "epochs_run": "10"}
+    row = SETTING | {"recipe": recipe, "seed": str(seed), "epochs_run": "10"}
     depth = {} if smallest is None else {"1-1-1": str(smallest)}
     return row | {"step_cost": "1.5", "cpu_seconds": "25", "full": str(full)} | depth
+
+
+def report(rows: Iterable[dict[str, str]], folder: Path) -> str:
+    """What the report prints of the rows."""
+    write_csv(folder / "rows.csv", list(rows))
+    return run_script("bench/accuracy_report.py", folder / "rows.csv", folder=folder)
+
+
+def tables(text: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of each table by its heading; the one without is called headline."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for part in re.finditer(r"(?:^(.*):\n\n)?((?:^\|.*\|\n)+)", text, re.MULTILINE):
+        header, _, *lines = (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in part[2].splitlines()
+        )
+        found[part[1] or "headline"] = [dict(zip(header, line, strict=True)) for line in lines]
+    return found
+
+
+def test_the_interval_is_student_s(tmp_path: Path) -> None:
+    """Differences 1, 2, 3 (times 10,000): mean 2, deviation 1, t(0.975, 2) = 4.302653. Unpaired seeds don't count."""
+    plain = [made_up("plain", seed, 1e5 * seed, 0) for seed in (1, 2, 3)]
+    gkt = [made_up("gkt", seed, 1e5 * seed + 1e4 * seed, 0) for seed in (1, 2, 3)]
+    rows = [*plain, *gkt, made_up("gkt", 9, 0, 0), made_up("st", 1, 0, 0)]
+    methods = {
+        row["recipe"]: row["difference"]
+        for row in tables(report(rows, tmp_path))["Methods (difference to plain)"]
+    }
+    mean, half = methods["gkt"].split(" ± ")
+    assert float(mean) == pytest.approx(20000.0)
+    assert float(half) == pytest.approx(43026.53 / math.sqrt(3), rel=1e-6)
+    assert methods["st"] == ""
 
 
 def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> None:
@@ -123,7 +158,7 @@ def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> No
         for recipe, (full, smallest) in runs.items()
         for seed in (0, 1)
     ]
-    methods, alone, budgets, choices = accuracy_report.tables(rows).values()
+    _, methods, alone, budgets, choices = tables(report(rows, tmp_path)).values()
     assert [row["recipe"] for row in methods] == ["plain", "gkt", "gkt, 2 loops"]
     assert [row["difference"] for row in methods] == ["", "+10.00 ± 0.00", "+12.00 ± 0.00"]
     assert methods[0]["CPU s per epoch"] == "2.50" and methods[0]["1-1-1"] == "20.50 ± 0.71"
@@ -134,31 +169,39 @@ def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> No
         "gkt, kd_weight 2": ("+3.00 ± 0.00", "+1.00 ± 0.00"),
         "gkt, ema 0, 2 loops": ("-1.00 ± 0.00", "+1.00 ± 0.00"),
     }
-    accuracy_report.plot(rows, tmp_path / "all.png")
-    assert (tmp_path / "all.png").stat().st_size > 1000
+    assert (tmp_path / "accuracy_8x8px_8epochs.png").stat().st_size > 1000
 
 
-def test_the_headline_puts_cost_and_accuracy_side_by_side() -> None:
+def test_the_headline_puts_cost_and_accuracy_side_by_side(tmp_path: Path) -> None:
     rows = [made_up("plain", 0, 50, 20), made_up("gkt", 0, 60, 40), made_up("plain 1-1-1", 0, 45, None)]
-    lines = accuracy_report.headline(rows).splitlines()
+    lines = report(rows, tmp_path).splitlines()
     assert lines[0] == "| method | 8 images of 8x8, 8 epochs: cost | full network | depths 1-1-1 |"
-    assert lines[2:] == [
+    assert lines[2:6] == [
         "| plain | 1.88 | 50.00 | 20.00 |",  # 10 epochs of 1.5 plain steps for 8
         "| gkt | 1.88 | 60.00 | 40.00 |",
         "| its smallest subnet, trained alone | 1.88 |  | 45.00 |",
+        "",
     ]
 
 
-@pytest.mark.parametrize("name", accuracy_report.DOCUMENTS)
-def test_documents_say_what_the_rows_say(name: str) -> None:
+@pytest.fixture(scope="module")
+def committed_report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pictures")
+    return run_script("bench/accuracy_report.py", "--output", folder, folder=folder)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/accuracy.md"])
+def test_documents_say_what_the_rows_say(name: str, committed_report: str) -> None:
     """`python bench/accuracy_report.py --update` writes the tables anew."""
-    rows = accuracy.read(accuracy_report.RESULTS / "accuracy.csv")
-    text = (accuracy_report.ROOT / name).read_text()
-    assert marked(text, accuracy_report.COMMAND) == accuracy_report.DOCUMENTS[name](rows)
+    text = marked((ROOT / name).read_text(), "python bench/accuracy_report.py --update")
+    assert text.strip() and f"{text}\n" in committed_report
 
 
-def test_bad_data(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="45 images can't be the same number"):
-        run(monkeypatch, images, tmp_path, "--train-images", "45")
-    with pytest.raises(SystemExit, match="fewer than 5 images"):
-        run(monkeypatch, images, tmp_path, "--train-images", "50")
+def test_bad_data(images: Path, tmp_path: Path) -> None:
+    for number, message in (
+        ("45", "45 images can't be the same number"),
+        ("50", "fewer than 5 images"),
+    ):
+        flags = arguments(images, tmp_path, "--train-images", number)
+        printed = run_script("bench/accuracy.py", *flags, folder=tmp_path, code=1)
+        assert message in printed and "Traceback" not in printed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import overhead
 import pytest
 import torch
+from helpers.processes import run_script
 from helpers.reference_step import assert_same, block_calls, count_calls, one_thread, outcome_of  # noqa: F401
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig, fuse_blocks
+from gkt_fast.instruments.hand_written import hand_written_step
 from gkt_fast.models import cifar_resnet
 
 
@@ -35,18 +36,17 @@ def test_the_hand_written_step_computes_what_shared_execution_does(fused, loops,
         dropped = [frozenset(), *(subnet.dropped(gkt.stages) for subnet in output.subnets)]
         expected = block_calls(gkt.stages, dropped)
         with count_calls(by_hand, expected) as calls:
-            loss, terms = overhead.hand_written_step(by_hand, norms, images, targets, depths, config)
+            loss, terms = hand_written_step(by_hand, norms, images, targets, depths, config)
         assert calls == expected
         loss.backward()
         assert_same(outcome_of(by_hand, (images,), loss, terms, output.logits), shared, 1e-11)
         assert all(norm.track_running_stats for norm in norms)
 
 
-def test_the_benchmark_runs_small(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs_small(tmp_path):
     path = tmp_path / "overhead.csv"
     arguments = "--model cifar_resnet20 --batch-size 2 --repeats 1 --threads 1 --csv"
-    monkeypatch.setattr("sys.argv", ["overhead.py", *arguments.split(), str(path)])
-    overhead.main()
+    printed = run_script("bench/overhead.py", *arguments.split(), path, folder=tmp_path)
     lines = path.read_text().splitlines()
     assert [line.split(",")[1] for line in lines[1:]] == ["plain", "by hand", "shared"]
-    assert "overhead_percent" in capsys.readouterr().out
+    assert "overhead_percent" in printed

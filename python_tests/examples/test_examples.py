@@ -6,30 +6,15 @@ import csv
 import importlib.util
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.documents import ROOT
+from helpers.processes import run_script
 from PIL import Image
 
 from gkt_fast.config import EXECUTIONS
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: object, folder: Path, code: int = 0) -> str:
-    """Runs a script; returns what it prints, on standard error where it is to fail."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stderr if code else result.stdout
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -39,7 +24,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_demo(tmp_path):
     flags = ["--epochs", 1, "--seeds", 1, "--train-images", 50, "--depth", 14, "--width", 4]
-    output = run("examples/demo.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
+    output = run_script("examples/demo.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.csv", "subnets.csv", "demo.png"}
     methods = ["plain", "Stimulative Training", "GKT"]
@@ -76,12 +61,12 @@ def test_demo(tmp_path):
 
 
 def test_demo_needs_a_batch_of_images(tmp_path):
-    error = run("examples/demo.py", "--train-images", 20, folder=tmp_path, code=2)
+    error = run_script("examples/demo.py", "--train-images", 20, folder=tmp_path, code=2)
     assert "--train-images is 20; it must be at least --batch-size (25)" in error
 
 
 def test_minimal_example(tmp_path):
-    output = run("examples/minimal.py", folder=tmp_path)
+    output = run_script("examples/minimal.py", folder=tmp_path)
     assert re.search(r"^Epoch 2/2: .*val_accuracy", output, re.MULTILINE)
     assert re.search(
         r"^Evaluation\(accuracy=\d\.\d+, loss=\d+\.\d+, samples=64, mean_iou=None\)$", output, re.MULTILINE
@@ -92,7 +77,7 @@ def test_minimal_example(tmp_path):
 def test_segmentation(tmp_path):
     """Plain training and GKT; the picture has a row for each of four images and a column for each network."""
     flags = ["--train-images", 40, "--test-images", 12, "--epochs", 3, "--image-size", 24]
-    output = run("examples/segmentation.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
+    output = run_script("examples/segmentation.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
     table = re.findall(r"^(\d-\d-\d) +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
     assert [row[0] for row in table] == ["3-3-3", "2-2-2", "1-1-1"]
     assert all(0 < float(cell) <= 100 for row in table for cell in row[1:])
@@ -119,7 +104,7 @@ def test_shapes_of_the_segmentation_example():
 
 
 def test_segmentation_needs_a_batch_of_images(tmp_path):
-    error = run("examples/segmentation.py", "--train-images", 5, folder=tmp_path, code=2)
+    error = run_script("examples/segmentation.py", "--train-images", 5, folder=tmp_path, code=2)
     assert "--train-images is 5; it must be at least --batch-size (10)" in error
 
 
@@ -140,7 +125,7 @@ def test_throughput_has_a_row_for_every_mode(tmp_path):
         "--modes",
         *MODES,
     ]
-    output = run("bench/throughput.py", *flags, "--csv", tmp_path / "t.csv", folder=tmp_path)
+    output = run_script("bench/throughput.py", *flags, "--csv", tmp_path / "t.csv", folder=tmp_path)
     measured = rows(tmp_path / "t.csv")
     assert [row["mode"] for row in measured] == ["plain", *MODES]
     columns = {"model", "mode", "ratio", "mean_ratio", "median_ms", "lower_ms", "upper_ms", "flops_ratio", "saved_mib",
@@ -166,5 +151,5 @@ def test_throughput_has_a_row_for_every_mode(tmp_path):
 
 def test_throughput_measures_only_the_modes_asked_for(tmp_path):
     flags = ["--model", "vit_like", "--batch-size", 1, "--repeats", 1, "--modes", "shared", "--threads", 1]
-    run("bench/throughput.py", *flags, "--csv", tmp_path / "new" / "t.csv", folder=tmp_path)
+    run_script("bench/throughput.py", *flags, "--csv", tmp_path / "new" / "t.csv", folder=tmp_path)
     assert [row["mode"] for row in rows(tmp_path / "new" / "t.csv")] == ["plain", "shared"]

@@ -9,26 +9,12 @@ import difflib
 import json
 import re
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.documents import ROOT, fenced_blocks
+from helpers.processes import run_script
 from safetensors.torch import load_file
-
-
-def run(script: str, folder: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -99,7 +85,7 @@ def test_timm_task_in_timms_checkpoints(tmp_path, monkeypatch):
 
 
 def test_lightning_module(tmp_path):
-    printed = run("lightning_module.py", tmp_path)
+    printed = run_script("examples/lightning_module.py", folder=tmp_path)
     assert "after 20 steps" in printed
     assert numbers("'train_kd':", printed)[0] > 0
     assert numbers("'val_accuracy':", printed)[0] > 0.3
@@ -109,7 +95,7 @@ def test_lightning_module(tmp_path):
 
 
 def test_huggingface_trainer(tmp_path):
-    printed = run("huggingface_trainer.py", tmp_path)
+    printed = run_script("examples/huggingface_trainer.py", folder=tmp_path)
     losses = numbers("'loss': '", printed.replace("'loss': '", "'loss': ' "))
     assert losses[-1] < losses[0]
     assert numbers("accuracy", printed.splitlines()[-1])[0] > 15
@@ -122,7 +108,7 @@ def test_huggingface_trainer(tmp_path):
 
 
 def test_huggingface_accelerate(tmp_path):
-    printed = run("huggingface_accelerate.py", tmp_path)
+    printed = run_script("examples/huggingface_accelerate.py", folder=tmp_path)
     assert numbers("accuracy", printed)[-1] > 30
     state = load_file(tmp_path / "accelerate_run" / "model.safetensors")
     assert state["_extra_state"][0] == 40

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXTERNAL = {
     "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
-    "onnxruntime", "tensorboard", "wandb", "PIL",
+    "onnxruntime", "tensorboard", "transformers", "wandb", "PIL",
 }  # fmt: skip
 
 ROOMS = {
@@ -34,13 +34,13 @@ ROOMS = {
 FACES = ["data", "fusion", "losses", "methods", "selfcheck"]
 """What users import, and no room but the entrances: these may import all but the entrances."""
 
-ENTRANCES = ["__init__", "__main__", "cli"]
+ENTRANCES = ["__init__", "__main__", "cli", "instruments"]
 """What nothing of the package imports."""
 
 TORCH_FREE = ["config", "methods", "subnets"]
 BACKENDS = {"cpp", "triton"}
 """Names of backends that mean nothing else."""
-KNOW_BACKENDS = ["ops", "kernels", "cli", "selfcheck"]
+KNOW_BACKENDS = ["ops", "kernels", "cli", "selfcheck", "instruments"]
 
 
 def modules() -> dict[str, Path]:

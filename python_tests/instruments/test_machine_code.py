@@ -9,9 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import machine_code
 import pytest
-import sass
+
+from gkt_fast.instruments import machine_code, sass
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "machine_code.csv"
@@ -244,7 +244,9 @@ def kernel_rows(request):
     """The rows of all CUDA kernels for every architecture, and of `some` Triton configurations."""
     if request.param == "cuda":
         require("nvcc", "nvcc", "cuobjdump", "nvdisasm")
-        return machine_code.cuda_rows(sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ARCHITECTURES)
+        return machine_code.cuda_rows(
+            sorted((ROOT / "kernels" / "cuda").glob("*.cu")), ARCHITECTURES, [ROOT / "csrc"]
+        )
     require("triton", "cuobjdump", "nvdisasm")
     pytest.importorskip("triton")
     return machine_code.triton_rows(ARCHITECTURES, choose=some)

@@ -1,4 +1,4 @@
-"""bench/op_counts.py and roofline.py: counts against numbers worked out by hand, and the bound's formula."""
+"""Bytes, FLOPs and launches of ops against numbers worked out by hand, and the bound's formula."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from contextlib import nullcontext
 
 import pytest
-import roofline
 import torch
 import torch.nn.functional as F
-from op_counts import OpCost, OpCounter, fake_in_place
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkt_fast import GKT, GKTConfig, ghost_batch_norm, group_knowledge_loss, use_backend
+from gkt_fast.instruments import roofline
+from gkt_fast.instruments.op_counts import OpCost, OpCounter, fake_in_place
 from gkt_fast.models import cifar_resnet
 
 FLOAT = 4  # bytes
@@ -186,10 +186,9 @@ def test_fake_parameters_keep_their_form():
     assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
 
 
-def test_rows_are_labelled_and_finite(monkeypatch):
+def test_rows_are_labelled_and_finite():
     network = roofline.Network(lambda: cifar_resnet(8, width=4), 8, 2, 10)
-    monkeypatch.setitem(roofline.NETWORKS, "tiny", network)
-    rows = roofline.predict("tiny", torch.bfloat16, steps=1)
+    rows = roofline.predict("tiny", network, torch.bfloat16, steps=1)
     assert len(rows) == len(roofline.MODES) * len(roofline.GPUS)
     for row in rows:
         assert row["dtype"] == "bfloat16" and 0 < row["predicted_ms"] < math.inf

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from documents import marked, replace_marked
+from helpers.documents import ROOT
 from helpers.reference_step import (
     Outcome,
     assert_same,
@@ -16,12 +16,13 @@ from helpers.reference_step import (
     random_drops,
     reference_step,
 )
-from model_table import COMMAND, FILES, containers, row, table
 from torch import nn
-from zoo import CLASSES, ZOO, ZooModel
 
 from gkt_fast import GKT, GKTConfig, Stage, fuse_blocks
 from gkt_fast.execution import StackingError, choose_execution
+from gkt_fast.instruments.model_table import COMMAND, DOCUMENTS, containers, row, table
+from gkt_fast.instruments.tables import marked, replace_marked
+from gkt_fast.instruments.zoo import CLASSES, ZOO, ZooModel
 from gkt_fast.network.discovery import find_stages
 
 CONFIG = GKTConfig(groups=2, loops=1, batch_norm="sequential")
@@ -129,15 +130,15 @@ def cached_row(zoo_model: ZooModel) -> str:
 @pytest.mark.parametrize("zoo_model", ZOO, ids=str)
 def test_row_of_the_table(zoo_model):
     """`python bench/model_table.py --update` writes the rows anew."""
-    for path, headlines_only in FILES.items():
-        lines = marked(path.read_text(), COMMAND).splitlines()
-        assert lines.count(cached_row(zoo_model)) == int(zoo_model.headline or not headlines_only), path.name
+    for name, headlines_only in DOCUMENTS.items():
+        lines = marked((ROOT / name).read_text(), COMMAND).splitlines()
+        assert lines.count(cached_row(zoo_model)) == int(zoo_model.headline or not headlines_only), name
 
 
-@pytest.mark.parametrize("path, headlines_only", FILES.items(), ids=lambda value: getattr(value, "name", ""))
-def test_the_tables_hold_no_other_rows(path, headlines_only):
+@pytest.mark.parametrize("name, headlines_only", DOCUMENTS.items())
+def test_the_tables_hold_no_other_rows(name, headlines_only):
     rows = [cached_row(zoo_model) for zoo_model in ZOO if zoo_model.headline or not headlines_only]
-    text = path.read_text()
+    text = (ROOT / name).read_text()
     assert marked(text, COMMAND) == table(rows)
     assert marked(replace_marked(text, COMMAND, "| other |\n"), COMMAND) == "| other |\n"
     with pytest.raises(ValueError, match="no table between"):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 
-import machine_code
 import pytest
 import torch
+
+from gkt_fast.instruments import machine_code
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

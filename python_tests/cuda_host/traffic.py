@@ -1,8 +1,8 @@
 """Counts the bytes that the GPU kernels move, while they run on the CPU, against the floor.
 
-    python bench/traffic.py [--provider cuda triton] [--csv PATH]
+    cd python_tests && python -m cuda_host.traffic [--provider cuda triton] [--csv PATH]
 
-CUDA kernels run in the host runtime of python_tests/cuda_host, Triton kernels in Triton's interpreter, each on a small
+CUDA kernels run in the host runtime of this folder, Triton kernels in Triton's interpreter, each on a small
 problem, forward and backward. Per kernel and element of the logits or of x: the bytes that the program asks for, the
 bytes of the 32-byte sectors that a warp touches when nothing stays in a cache (CUDA only), and the floor: each byte
 that is touched at all, moved once. What is asked for again lies close by in time, in the first-level cache: the rows
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,16 +23,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # triton.jit reads this when a kernel is d
 
 import numpy as np
 import torch
-from harness import RESULTS, print_table, write_csv
-from machine_code import shorten
 
 from gkt_fast import ghost_batch_norm, group_knowledge_loss, use_backend
+from gkt_fast.instruments.machine_code import shorten
+from gkt_fast.instruments.tables import print_table, write_csv
 from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
 from gkt_fast.ops.group_knowledge_loss.native import load_cuda
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
-from cuda_host import build
+from . import build
 
+RESULTS = build.ROOT / "bench" / "results" / "traffic.csv"
 LOGITS = {"classes together": (4, 16, 64), "positions together": (4, 2, 16, 4, 8)}
 ACTIVATIONS = (4, 4, 16, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +42,7 @@ BACKENDS = {"cuda": "cuda-host", "triton": "triton"}
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--provider", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
-    parser.add_argument("--csv", type=Path, default=RESULTS / "traffic.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     rows = [row for provider in options.provider for row in count(provider)]
     write_csv(options.csv, rows)

@@ -1,8 +1,8 @@
 """Networks of torchvision, timm and transformers whose blocks are found without configuration.
 
 Each entry builds the network as its library gives it (for the costs in docs/models.md), and a network of the same
-classes that is small enough to be compared with the plain loop in float64 (python_tests/network/test_model_coverage.py).
-Dropout and stochastic depth are off in the small ones.
+classes that is small enough to be compared with the plain loop in float64, without dropout and stochastic depth
+(python_tests/network/test_model_coverage.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,16 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["Architecture", "Kernel", "Loop", "Occupancy", "find_tool", "occupancy", "read_cubin"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Kernel",
+    "Loop",
+    "Occupancy",
+    "find_tool",
+    "occupancy",
+    "read_cubin",
+]
 
 
 @dataclass(frozen=True)
