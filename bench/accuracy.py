@@ -86,7 +86,7 @@ CHOICES = {
     "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2, baseline="gkt"),
     "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}, baseline="gkt, 2 loops"),
     "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}, baseline="gkt, 2 loops"),
-    "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "sequential"}, baseline="gkt"),
+    "gkt, batch_norm sequential": Recipe("gkt", {"batch_norm": "all_streams"}, baseline="gkt"),
     "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
 }
 SETTING = (

@@ -199,7 +199,7 @@ def test_no_groups_is_plain_training_bit_for_bit(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_accumulate_over_two_calls(mode):
-    config = GKTConfig(groups=2, batch_norm="sequential")
+    config = GKTConfig(groups=2, batch_norm="all_streams")
     model = cifar()
     expected_model = copy.deepcopy(model)
     for step in range(2):

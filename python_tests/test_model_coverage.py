@@ -12,6 +12,7 @@ from model_table import COMMAND, FILES, containers, row, table
 from reference_step import (
     Outcome,
     assert_same,
+    choice_of,
     one_thread,  # noqa: F401
     package_step,
     random_drops,
@@ -21,10 +22,10 @@ from torch import nn
 from zoo import CLASSES, ZOO, ZooModel
 
 from gkt_fast import GKT, GKTConfig, Stage, fuse_blocks
-from gkt_fast.execution import StackingError, choose_execution
+from gkt_fast.execution import StackingError
 from gkt_fast.network.discovery import find_stages
 
-CONFIG = GKTConfig(groups=2, loops=1, batch_norm="sequential")
+CONFIG = GKTConfig(groups=2, loops=1, batch_norm="all_streams")
 TOLERANCE = 1e-11
 FLOOR = 1e-14
 """Gradients that vanish but for rounding, such as a bias before BatchNorm, may differ by this much."""
@@ -101,8 +102,8 @@ def test_blocks_that_change_shape_are_not_droppable(zoo_model):
 @pytest.mark.parametrize("zoo_model", ZOO, ids=str)
 def test_step_equals_the_plain_loop(zoo_model, mode):
     model, stages = small(zoo_model)
-    assert choose_execution("auto", model).mode == "stacked"
     images, targets = batch(zoo_model)
+    assert choice_of("auto", model, (images,), stages).mode == "stacked"
     model = copy.deepcopy(model)
     actual = package_step(mode, model, (images,), targets, drops(stages), CONFIG, stages=stages)
     assert_same(actual, plain_loop(zoo_model), TOLERANCE, FLOOR)

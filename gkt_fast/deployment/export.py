@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..batch_norm.fusion import unfuse_blocks
 from ..network.calls import logits_of
+from ..network.discovery import Stages
 from ..subnets.subnet import Subnet
-from .extraction import Stages, extract_subnet
+from .extraction import extract_subnet
 
 __all__ = ["ExportError", "check_writable", "export_onnx"]
 

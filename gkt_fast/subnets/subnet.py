@@ -74,6 +74,15 @@ class Subnet:
                 )
         return cls(tuple((True,) * d + (False,) * (s.depth - d) for d, s in zip(depths, stages, strict=True)))
 
+    @classmethod
+    def of(cls, depths: Subnet | Sequence[int], stages: Sequence[Stage]) -> Subnet:
+        """The ordered subnet of these depths; a subnet as it is.
+
+        Raises:
+            ValueError, TypeError: the depths don't fit the stages (see `ordered`).
+        """
+        return depths if isinstance(depths, Subnet) else cls.ordered(depths, stages)
+
     @property
     def depths(self) -> tuple[int, ...]:
         """Number of blocks kept in each stage."""
