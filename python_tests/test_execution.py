@@ -84,7 +84,7 @@ def test_masks_neither_ordered_nor_nested(seed, policy):
 
 @pytest.mark.parametrize(
     "groups, loops, sampler, policy",
-    [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "sequential")],
+    [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "all_streams")],
 )
 @pytest.mark.parametrize("build", [resnet18, narrow_resnet50])
 def test_torchvision_resnets_equal_the_plain_loop(build, groups, loops, sampler, policy):
