@@ -50,7 +50,7 @@ class GKT(nn.Module):
         model: any torch network with runs of residual blocks; it returns logits (B, C, *spatial), or an object
             with `.logits`, or a dict with "logits" or "out".
         config: the hyper-parameters.
-        stages: the stages, where they aren't found by themselves: for each the module path of its container, or the
+        stages: the stages, where they aren't found automatically: for each the module path of its container, or the
             module paths of its blocks in order (see `stages_from_paths`); or those of another `GKT`.
 
     Raises:

@@ -7,6 +7,7 @@ step gave there.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import lzma
@@ -21,6 +22,7 @@ import torch
 import gkt_fast
 from gkt_fast import GKT, GKTConfig, Subnet
 from gkt_fast.batch_norm.fusion import FusedBlock
+from gkt_fast.cli import train
 
 SAVED = pickle.loads(lzma.decompress((Path(__file__).parent / "pickles" / "gkt_0_1.pickle.xz").read_bytes()))
 OLD_MODULES = {
@@ -114,3 +116,11 @@ def test_a_pickled_configuration_without_a_newer_field_has_its_default():
     other = object.__new__(GKTConfig)
     other.__setstate__(state)
     assert other == config and dataclasses.asdict(other)["label_smoothing"] == 0.0
+
+
+def test_the_command_line_takes_the_old_name_of_the_policy():
+    """From flags, or from an `args.yaml` of 0.1, whose values become flags."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    with pytest.warns(DeprecationWarning, match="all_streams"):
+        assert parser.parse_args(["--batch-norm=sequential"]).batch_norm == "all_streams"

@@ -34,7 +34,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     statistics, SyncBatchNorm, a hook on a BatchNorm or ReLU, a subclass, a forward of its own. Results are the
     same up to rounding.
 
-    torch.jit.script wants unfused blocks: call `unfuse_blocks` before.
+    torch.jit.script needs unfused blocks: call `unfuse_blocks` first.
 
     Returns:
         The module paths of the fused blocks.

@@ -1,4 +1,4 @@
-"""BatchNorm layers on stacked batches: how many ghost batches run, and who hears of their statistics."""
+"""BatchNorm layers on stacked batches: how many ghost batches run, and who receives their statistics."""
 
 from __future__ import annotations
 

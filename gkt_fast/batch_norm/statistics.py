@@ -47,7 +47,7 @@ class BatchStatistics(NamedTuple):
 def tracking_layers(model: nn.Module) -> list[_NormBase]:
     """The normalisation layers that update running statistics now: in training mode, with some to track.
 
-    Layers that a failed backward left frozen are put in order first.
+    Layers that a failed backward left frozen are unfrozen first.
     """
     layers = [module for module in model.modules() if isinstance(module, _NormBase)]
     _thaw(layers)
@@ -169,7 +169,7 @@ def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> 
 
 
 class StreamStatistics:
-    """Gathers the statistics of stacked batches, and updates the running ones when all streams are through.
+    """Gathers the statistics of stacked batches; updates the running ones when all streams have run.
 
     Args:
         all_update: whether every stream updates them, or the full network's alone.

@@ -37,7 +37,7 @@ def recalibrate_batch_norm(
             and shuffled: the first batches of a loader that goes class by class are of a few classes.
         num_samples: how many samples to use; fewer when the loader ends before.
         depths: estimate for this subnet; None: the model as it is.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found automatically.
 
     Returns:
         The number of samples used.

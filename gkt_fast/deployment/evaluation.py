@@ -61,7 +61,7 @@ def evaluate(
         model: the network.
         loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
         depths: evaluate this subnet; None: the full network.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages; None: found automatically.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
             (`recalibrate_batch_norm`); None: the model's own statistics.
         calibration_samples: how many of its samples to use, over all ranks.

@@ -28,7 +28,7 @@ def active_subnet(
     Args:
         model: the network.
         depths: blocks to keep in each stage, or a `Subnet`.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found automatically.
 
     Raises:
         ValueError: the depths don't fit the model.
@@ -66,7 +66,7 @@ def extract_subnet(
     Args:
         model: the network.
         depths: blocks to keep in each stage, or a `Subnet`.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found automatically.
 
     Raises:
         ValueError: the depths don't fit the model.

@@ -147,7 +147,7 @@ def evaluate_subnets(
         model: the trained network.
         loader: (images, class indices) batches, as of `evaluate`; gone through once for every subnet.
         subnets: depths or `Subnet`s; None: `choose_subnets`, by the next three arguments.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found automatically.
         min_depth: smallest depth of a stage.
         max_subnets: how many subnets at most.
         seed: of subnets drawn at random.

@@ -175,7 +175,7 @@ class _Stack:
     Args:
         plan: the states of the step.
         network: the network.
-        statistics: hears of the batch statistics of every BatchNorm call.
+        statistics: receives the batch statistics of every BatchNorm call.
         independent_noise: whether layers that draw random numbers draw them for each stream.
     """
 

@@ -13,7 +13,8 @@ from .discovery import find_stages
 __all__ = ["check_not_compiled", "compile_blocks"]
 
 VARIANTS = 8
-"""Graphs that a block shape may want: training and evaluation, with and without gradients, fixed and dynamic batch."""
+"""How many graphs a block of one shape may need: training and evaluation, with and without gradients, fixed and dynamic
+batch."""
 
 
 def compile_blocks(model: nn.Module, stages: Sequence[Stage] | None = None, **options: Any) -> list[str]:
@@ -29,7 +30,7 @@ def compile_blocks(model: nn.Module, stages: Sequence[Stage] | None = None, **op
 
     Args:
         model: the network.
-        stages: its stages, e.g. `gkt.stages`; None: found by themselves.
+        stages: its stages, e.g. `gkt.stages`; None: found automatically.
         options: of torch.compile, such as mode="max-autotune".
 
     Returns:

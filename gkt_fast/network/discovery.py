@@ -31,7 +31,7 @@ NAME_STAGES = (
     "Name the stages yourself with stages=[['layer1.0', 'layer1.1'], ...] or by the "
     "paths of their containers, stages=['layer1', ...]"
 )
-"""The way out that error messages offer."""
+"""What error messages suggest."""
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PASSING_FUNCTIONS = {
@@ -49,7 +49,7 @@ _RESHAPES_LIKE = {"reshape_as", "view_as"}
 
 
 def as_stages(model: nn.Module, stages: Stages | None) -> list[Stage]:
-    """The stages as they are, by their module paths, or found by themselves.
+    """The stages as they are, by their module paths, or found automatically.
 
     Raises:
         ValueError, TypeError: none are found, or a path doesn't fit.

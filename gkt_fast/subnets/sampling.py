@@ -1,4 +1,4 @@
-"""Draws the subnets of a step, nested within each other (Tang et al., AAAI-24: subnet-in-subnet). No torch here.
+"""Draws the subnets of a step, nested within each other (Tang et al., AAAI-24: subnet-in-subnet).
 
 Every draw is a function of (seed, step) alone, so that all processes of a distributed run and a resumed run agree.
 The decay of `inherit_decay` is reconstructed: the paper describes an inheriting exponential decay that prefers

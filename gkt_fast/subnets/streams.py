@@ -1,4 +1,4 @@
-"""The streams of a step, and which loop and group each belongs to. No torch here.
+"""The streams of a step, and which loop and group each belongs to.
 
 Stream 0 is the full network's. Subnets follow loop by loop, in each loop group by group: (loop 1, group 1), ...,
 (loop 1, group G), (loop 2, group 1), ..., (loop L, group G).

@@ -1,4 +1,4 @@
-"""A subnet is which residual blocks of a network are kept. No torch here."""
+"""A subnet is which residual blocks of a network are kept."""
 
 from __future__ import annotations
 
