@@ -1,10 +1,12 @@
 """Group Knowledge based Training (GKT) of residual networks at nearly the cost of plain training."""
 
+from . import moved as _moved  # noqa: F401  (old names of modules, for pickles)
 from .batch_norm.fusion import fuse_blocks, unfuse_blocks
 from .config import GKTConfig
+from .deployment.calibration import recalibrate_batch_norm
 from .deployment.evaluation import Evaluation, evaluate
 from .deployment.export import ExportError, export_onnx
-from .deployment.extraction import active_subnet, extract_subnet, recalibrate_batch_norm
+from .deployment.extraction import active_subnet, extract_subnet
 from .deployment.subnet_table import (
     SubnetResult,
     best_subnet,

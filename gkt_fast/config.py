@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig"]
+__all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig", "current_policy"]
 
-EXECUTIONS = ("auto", "sequential", "shared", "stacked", "lean")
-BATCH_NORM_POLICIES = ("full", "sequential")
+EXECUTIONS = (
+    "auto",
+    "sequential",
+    "shared",
+    "stacked",
+    "lean",
+)
+"""What `execution` may be: "auto", or a file of that name in gkt_fast/execution."""
+
+BATCH_NORM_POLICIES = ("full", "all_streams")
+"""What `batch_norm` may be."""
+
+_OLD_POLICY, _NEW_POLICY = "sequential", "all_streams"
+"""What the policy was called in 0.1, and is called now."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,9 @@ class GKTConfig:
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
         budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
             raised as far as needed (gkt_fast.subnets.budget). None: no limit.
-        batch_norm: `full`: only the full network updates running statistics. `sequential`: every stream does, in order.
-        execution: `sequential` runs one stream after another; `shared` every distinct activation once; `stacked` too,
+        batch_norm: whose batches update running statistics. `full`: the full network's alone. `all_streams`: every
+            stream's, in order.
+        execution: `sequential` runs the streams one by one; `shared` every distinct activation once; `stacked` too,
             with the states that run the same layer as one batch; `lean` too, at nearly the memory of one network;
             `auto` chooses (gkt_fast.execution.choice).
         independent_noise: whether every stream draws its own dropout and stochastic depth, as streams run one by one
@@ -103,12 +117,19 @@ class GKTConfig:
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.sampler, str):
             raise TypeError(f"sampler is {self.sampler!r}; it must be a string")
+        object.__setattr__(self, "batch_norm", current_policy(self.batch_norm, stacklevel=4))
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
         self._check_subnets()
         self._check_subnet_alone()
         self._check_subnet_resolution()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Takes pickles of 0.1 as well: fields that they lack have their defaults."""
+        vars(self).update(state)
+        if self.batch_norm == _OLD_POLICY:
+            vars(self)["batch_norm"] = _NEW_POLICY
 
     def _check_subnet_alone(self) -> None:
         if self.train_full:
@@ -203,6 +224,17 @@ class GKTConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of names to values")
         return cls.from_dict(values)
+
+
+def current_policy(name: str, stacklevel: int = 2) -> str:
+    """Today's name of a BatchNorm policy; warns where it is that of 0.1."""
+    if name != _OLD_POLICY:
+        return name
+    message = (
+        f"batch_norm={_OLD_POLICY!r} is called batch_norm={_NEW_POLICY!r} now; the old name will be removed"
+    )
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+    return _NEW_POLICY
 
 
 def _check_integer(name: str, value: object, least: int | None) -> None:

@@ -33,7 +33,7 @@ WRONG_VALUES = [
     ("subnet_ce_weight", -1.0, r"in \[0, inf\)"),
     ("drop_rate", 1.0, r"in \[0, 1\)"),
     ("label_smoothing", 1.5, r"in \[0, 1\]"),
-    ("batch_norm", "none", "one of full, sequential"),
+    ("batch_norm", "none", "one of full, all_streams"),
     ("budget", 0.99, r"in \[1, inf\)"),
     ("budget", math.nan, "must be in"),
     ("execution", "fast", "one of auto, sequential, shared"),
@@ -140,7 +140,7 @@ def test_a_config_does_not_change():
         GKTConfig(),
         GKTConfig(groups=2, loops=2, min_depth=(1, 2, 1), temperature=3.5, normalize_logits=True, seed=9),
         GKTConfig(
-            sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="sequential", ignore_index=255
+            sampler="fixed", subnets=((3, 3), (1, 2)), groups=2, batch_norm="all_streams", ignore_index=255
         ),
     ],
 )

@@ -121,7 +121,7 @@ def assert_agrees(model, modes, config, seed=0, floor=0.0):
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch_norm": "sequential"},
+        {"batch_norm": "all_streams"},
         {"distill_ignored": False, "subnet_ce_weight": 0.5, "normalize_logits": True, "temperature": 2.0},
     ],
     ids=["all positions", "without the ignored"],

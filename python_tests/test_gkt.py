@@ -47,7 +47,7 @@ def test_the_model_keeps_nothing_of_a_step(mode):
     model = small()
     buffers = dict(model.named_buffers())
     vars_before = {name: set(vars(module)) for name, module in model.named_modules()}
-    gkt = GKT(model, GKTConfig(execution=mode, batch_norm="sequential"))
+    gkt = GKT(model, GKTConfig(execution=mode, batch_norm="all_streams"))
     gkt(*batch()).loss.backward()
     for name, module in model.named_modules():
         assert set(vars(module)) == vars_before[name]

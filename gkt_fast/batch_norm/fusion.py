@@ -17,7 +17,8 @@ from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..ops.ghost_batch_norm.checks import DTYPES
-from .layer import carries_activation, run_batch_norm
+from .kinds import is_fusible_batch_norm, is_fusible_batch_norm_relu, is_hooked
+from .layer import run_batch_norm
 
 __all__ = ["fuse_blocks", "unfuse_blocks"]
 
@@ -33,7 +34,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     statistics, SyncBatchNorm, a hook on a BatchNorm or ReLU, a subclass, a forward of its own. Results are the
     same up to rounding.
 
-    torch.jit.script wants unfused blocks: call `unfuse_blocks` before.
+    torch.jit.script needs unfused blocks: call `unfuse_blocks` first.
 
     Returns:
         The module paths of the fused blocks.
@@ -164,10 +165,10 @@ def _run_preactivation(layers: list[nn.Module], shortcut: nn.Module | None, x: T
 def _run_shortcut(shortcut: nn.Module | None, x: Tensor) -> Tensor:
     if shortcut is None:
         return x
-    if type(shortcut) is not nn.Sequential or _is_hooked(shortcut):
+    if type(shortcut) is not nn.Sequential or is_hooked(shortcut):
         return shortcut(x)
     for module in shortcut:
-        x = run_batch_norm(module, x) if _is_batch_norm(module) else module(x)
+        x = run_batch_norm(module, x) if is_fusible_batch_norm(module) else module(x)
     return x
 
 
@@ -180,15 +181,17 @@ def _reason_against(block: nn.Module, form: Form) -> str | None:
         if name.startswith("conv"):
             if not isinstance(module, nn.Conv2d):
                 return f"{name} is a {type(module).__name__}"
-        elif not (_is_batch_norm_relu(module) if form.preactivation else _is_batch_norm(module)):
+        elif not (
+            is_fusible_batch_norm_relu(module) if form.preactivation else is_fusible_batch_norm(module)
+        ):
             return f"{name} is not a plain BatchNorm2d with running statistics, or has hooks"
     for name in form.relus:
         module = getattr(block, name)
-        if type(module) is not nn.ReLU or _is_hooked(module):
+        if type(module) is not nn.ReLU or is_hooked(module):
             return f"{name} is not a plain ReLU, or has hooks"
     for name in form.absent:
         module = getattr(block, name, None)
-        if not (module is None or (type(module) is nn.Identity and not _is_hooked(module))):
+        if not (module is None or (type(module) is nn.Identity and not is_hooked(module))):
             return f"it has {name}"
     return _reason_against_shortcut(getattr(block, form.shortcut))
 
@@ -197,39 +200,13 @@ def _reason_against_shortcut(shortcut: nn.Module | None) -> str | None:
     """A BatchNorm in the shortcut must be one that is seen and run per ghost batch."""
     if shortcut is None or not any(isinstance(module, _NormBase) for module in shortcut.modules()):
         return None
-    if type(shortcut) is not nn.Sequential or _is_hooked(shortcut):
+    if type(shortcut) is not nn.Sequential or is_hooked(shortcut):
         return f"its shortcut is a {type(shortcut).__name__} with hooks or a norm inside"
     for module in shortcut:
         inner_norm = any(isinstance(inner, _NormBase) for inner in module.modules())
-        if inner_norm and not _is_batch_norm(module):
+        if inner_norm and not is_fusible_batch_norm(module):
             return "its shortcut has a norm that is not a plain BatchNorm2d with running statistics"
     return None
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """`__class__`, since a stand-in of the stacked execution looks like the layer that it stands for."""
-    return module.__class__ is nn.BatchNorm2d and module.running_mean is not None and not _is_hooked(module)
-
-
-def _is_batch_norm_relu(module: nn.Module) -> bool:
-    """timm's BatchNorm that carries an activation, with ReLU and without dropping."""
-    return (
-        carries_activation(module)
-        and module.running_mean is not None
-        and type(module.drop) is nn.Identity
-        and type(module.act) is nn.ReLU
-        and not any(_is_hooked(m) for m in (module, module.drop, module.act))
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 _CLASS_OF_NAME: dict[str, type] = {}

@@ -1,4 +1,4 @@
-"""BatchNorm layers on stacked batches: how many ghost batches run, and who hears of their statistics."""
+"""BatchNorm layers on stacked batches: how many ghost batches run, and who receives their statistics."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import ghost_batch_norm
+from .kinds import carries_activation
 from .synchronized import group_of, synchronized_batch_norm
 
 __all__ = [
     "OnStatistics",
-    "carries_activation",
     "ghost_batches",
-    "is_batch_norm",
     "run_batch_norm",
     "run_batch_norm_layer",
 ]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
 """Called with a BatchNorm layer, the mean (m, C) and the unbiased variance (m, C) of its m ghost batches."""
@@ -102,20 +99,6 @@ def run_batch_norm(
         elif ghosts.on_statistics is not None:
             ghosts.on_statistics(layer, mean, unbiased_var)
     return y
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether `run_batch_norm_layer` computes what the module's own forward does: torch's own BatchNorm, or timm's.
-
-    `__class__`, since a stand-in for an intercepted layer looks like the layer that it stands for.
-    """
-    return module.__class__ in _BATCH_NORMS or carries_activation(module)
-
-
-def carries_activation(module: nn.Module) -> bool:
-    """Whether the module is timm's BatchNorm2d that is followed by its attributes `drop` and `act`."""
-    kind = module.__class__
-    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
 
 
 def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:

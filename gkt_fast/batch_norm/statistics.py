@@ -1,7 +1,7 @@
 """Who updates BatchNorm's running statistics when several streams run through a layer.
 
 Every state is normalised with its own batch's statistics. With the policy `full` only the full network's stream
-updates the running ones; with `sequential` every stream does, as if the streams ran one after another. Recomputation
+updates the running ones; with `all_streams` every stream does, as if they ran one by one. Recomputation
 during backward (activation checkpointing) never updates them again.
 """
 
@@ -47,7 +47,7 @@ class BatchStatistics(NamedTuple):
 def tracking_layers(model: nn.Module) -> list[_NormBase]:
     """The normalisation layers that update running statistics now: in training mode, with some to track.
 
-    Layers that a failed backward left frozen are put in order first.
+    Layers that a failed backward left frozen are unfrozen first.
     """
     layers = [module for module in model.modules() if isinstance(module, _NormBase)]
     _thaw(layers)
@@ -102,7 +102,7 @@ def record_statistics(model: nn.Module, layers: Iterable[_NormBase]) -> Iterator
     compiled = compiled_batch_norm(model)
     if compiled is not None:
         raise ValueError(
-            f"batch_norm is 'sequential', and {compiled!r} is compiled: BatchNorm inside can't put every stream's "
+            f"batch_norm is 'all_streams', and {compiled!r} is compiled: BatchNorm inside can't put every stream's "
             "statistics on record. Use batch_norm='full' or execution='sequential'"
         )
     recorded: list[BatchStatistics] = []
@@ -169,14 +169,14 @@ def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> 
 
 
 class StreamStatistics:
-    """Gathers the statistics of stacked batches, and updates the running ones when all streams are through.
+    """Gathers the statistics of stacked batches; updates the running ones when all streams have run.
 
     Args:
-        policy: "full" or "sequential".
+        all_update: whether every stream updates them, or the full network's alone.
     """
 
-    def __init__(self, policy: str) -> None:
-        self._every_stream_counts = policy == "sequential"
+    def __init__(self, all_update: bool) -> None:
+        self._all_update = all_update
         self._updates: list[tuple[int, BatchStatistics]] = []
 
     def receiver(self, streams: Sequence[Sequence[int]]) -> OnStatistics:
@@ -185,7 +185,7 @@ class StreamStatistics:
         def receive(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
             for i, members in enumerate(streams):
                 for stream in members:
-                    if stream == 0 or self._every_stream_counts:
+                    if stream == 0 or self._all_update:
                         self._updates.append((stream, BatchStatistics(layer, mean[i], variance[i])))
 
         return receive

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from ..config import GKTConfig
 from ..data import Data, load_data
+from ..deployment.calibration import recalibrate_batch_norm
 from ..deployment.export import check_writable, export_onnx
-from ..deployment.extraction import extract_subnet, recalibrate_batch_norm
+from ..deployment.extraction import extract_subnet
 from ..deployment.subnet_table import (
     SubnetResult,
     best_subnet,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import BATCH_NORM_POLICIES, EXECUTIONS
+from ..config import BATCH_NORM_POLICIES, EXECUTIONS, current_policy
 from ..data import load_data
 from ..distributed import is_distributed, rank, torchrun_process_group
 from ..methods import METHODS
@@ -209,6 +209,7 @@ def _add_config(group: argparse._ArgumentGroup) -> None:
     choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
     kinds = {"int": int, "float": float, "str": str}
     special = {
+        "batch_norm": current_policy,
         "min_depth": parse_min_depth,
         "subnets": parse_subnets,
         "subnet_resolution": parse_resolution,

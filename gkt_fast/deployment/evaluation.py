@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ..distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
 from ..network.calls import logits_of
+from ..network.discovery import Stages
+from ..network.look import kept_modes
 from ..subnets.subnet import Subnet
-from .extraction import Stages, active_subnet, batch_norm_state, recalibrate_batch_norm
+from .calibration import batch_norm_state, recalibrate_batch_norm
+from .extraction import active_subnet
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -58,7 +61,7 @@ def evaluate(
         model: the network.
         loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
         depths: evaluate this subnet; None: the full network.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages; None: found automatically.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
             (`recalibrate_batch_norm`); None: the model's own statistics.
         calibration_samples: how many of its samples to use, over all ranks.
@@ -70,32 +73,31 @@ def evaluate(
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
-    training = model.training
     correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
     overlap: Tensor | None = None
-    try:
-        if calibration_loader is not None:
-            samples_here = -(-calibration_samples // world_size())
-            with unsynchronized_batch_norm(model):
-                recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
-            average_batch_norm(model)
-        model.eval()
-        with nullcontext() if depths is None else active_subnet(model, depths, stages):
-            for images, targets in loader:
-                images, targets = images.to(device), targets.to(device)
-                with autocast or nullcontext():
-                    logits = logits_of(model(images)).float()
-                rows, predicted = targets != ignore_index, logits.argmax(1)
-                samples += rows.sum()
-                correct += ((predicted == targets) & rows).sum()
-                if targets.dim() > 1:
-                    counts = _count_overlap(predicted, targets, rows, logits.shape[1])
-                    overlap = counts if overlap is None else overlap + counts
-                loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    finally:
-        model.train(training)
-        if statistics:
-            model.load_state_dict(statistics, strict=False)
+    with kept_modes(model):
+        try:
+            if calibration_loader is not None:
+                samples_here = -(-calibration_samples // world_size())
+                with unsynchronized_batch_norm(model):
+                    recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
+                average_batch_norm(model)
+            model.eval()
+            with nullcontext() if depths is None else active_subnet(model, depths, stages):
+                for images, targets in loader:
+                    images, targets = images.to(device), targets.to(device)
+                    with autocast or nullcontext():
+                        logits = logits_of(model(images)).float()
+                    rows, predicted = targets != ignore_index, logits.argmax(1)
+                    samples += rows.sum()
+                    correct += ((predicted == targets) & rows).sum()
+                    if targets.dim() > 1:
+                        counts = _count_overlap(predicted, targets, rows, logits.shape[1])
+                        overlap = counts if overlap is None else overlap + counts
+                    loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        finally:
+            if statistics:
+                model.load_state_dict(statistics, strict=False)
     sums = torch.stack([correct, loss, samples])
     # A rank without a batch doesn't know how many classes there are, but takes part in every reduction.
     here = torch.tensor([0, 0] if overlap is None else [overlap.shape[1], 1], dtype=sums.dtype, device=device)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..batch_norm.fusion import unfuse_blocks
 from ..network.calls import logits_of
+from ..network.discovery import Stages
 from ..subnets.subnet import Subnet
-from .extraction import Stages, extract_subnet
+from .extraction import extract_subnet
 
 __all__ = ["ExportError", "check_writable", "export_onnx"]
 
@@ -47,9 +48,9 @@ def export_onnx(
             (`recalibrate_batch_norm`).
         path: the file.
         depths: export this subnet (`extract_subnet`); None: the model as it is.
-        inputs: an example of the model's input, or a tuple of them; batch first. Only shapes and dtypes of floating
-            point inputs matter.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        inputs: an example of the model's input, or a tuple of them; batch first. Of floating point inputs, only
+            shapes and dtypes matter.
+        stages: the model's stages, or their module paths; None: found automatically.
         dynamic_batch: whether the file takes batches of any size, or only of the example's.
         opset_version: of ONNX; None: torch's default.
         tolerance: largest difference between onnxruntime's logits and torch's, relative to the largest logit (or to

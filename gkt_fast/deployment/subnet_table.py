@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import GKTConfig
+from ..network.discovery import Stages, as_stages
 from ..network.profile import count_flops, one_sample
 from ..subnets.sampling import minimum_depths
 from ..subnets.subnet import Stage, Subnet
 from .evaluation import evaluate
-from .extraction import Stages, as_stages, as_subnet, extract_subnet
+from .extraction import extract_subnet
 
 __all__ = [
     "SubnetResult",
@@ -146,7 +147,7 @@ def evaluate_subnets(
         model: the trained network.
         loader: (images, class indices) batches, as of `evaluate`; gone through once for every subnet.
         subnets: depths or `Subnet`s; None: `choose_subnets`, by the next three arguments.
-        stages: the model's stages, or their module paths; None: found by themselves.
+        stages: the model's stages, or their module paths; None: found automatically.
         min_depth: smallest depth of a stage.
         max_subnets: how many subnets at most.
         seed: of subnets drawn at random.
@@ -167,7 +168,7 @@ def evaluate_subnets(
     if subnets is None:
         chosen = choose_subnets(stages, min_depth, max_subnets, seed)
     else:
-        chosen = [as_subnet(depths, stages) for depths in subnets]
+        chosen = [Subnet.of(depths, stages) for depths in subnets]
     if not chosen:
         raise ValueError("subnets is empty; it must hold at least one subnet")
     example = next((one_sample((batch[0],)) for batch in loader), None)

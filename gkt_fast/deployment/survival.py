@@ -39,7 +39,7 @@ def survival_scaling(
     Args:
         model: the network.
         drop_rate: drop probability of the last block in training, as in `GKTConfig`.
-        stages: the model's stages; None: found by themselves.
+        stages: the model's stages; None: found automatically.
     """
     stages = find_stages(model) if stages is None else stages
     probabilities = {

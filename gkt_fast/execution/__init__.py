@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from .choice import Choice, choose_execution
-from .lean import run_lean
-from .plain import run_plain
-from .sequential import run_sequential
-from .shared import run_shared
-from .stacked import StackingError, run_stacked
-from .step import Execution, Network, StepResult, Streams
+from .explanation import explain_step
+from .modes import EXECUTION_MODES
+from .stacked import StackingError
+from .step import Execution, Mode, StepResult
 
 __all__ = [
     "EXECUTION_MODES",
     "Choice",
     "Execution",
-    "Network",
+    "Mode",
     "StackingError",
     "StepResult",
-    "Streams",
     "choose_execution",
-    "run_plain",
+    "explain_step",
 ]
-
-EXECUTION_MODES: dict[str, Execution] = {
-    "sequential": run_sequential,
-    "shared": run_shared,
-    "stacked": run_stacked,
-    "lean": run_lean,
-}

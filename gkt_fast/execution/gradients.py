@@ -19,28 +19,30 @@ from torch.autograd.function import once_differentiable
 from ..distributed import is_sharded
 from .step import tensors_in
 
-__all__ = ["GradientSum", "deliver"]
+__all__ = ["GradientSum", "deliver", "refusal_of_sharded"]
+
+
+def refusal_of_sharded(model: nn.Module) -> ValueError | None:
+    """What modes that run backward within the forward refuse a model with that is sharded by `fully_shard`."""
+    if not is_sharded(model):
+        return None
+    return ValueError(
+        "model is sharded by fully_shard, which reduces gradients as soon as a backward reaches a block; "
+        "execution='lean' and 'sequential' run several backward passes within the forward. Use 'stacked' or 'shared'"
+    )
 
 
 class GradientSum:
     """The sum of gradients over several backward passes.
 
     Args:
-        model: the network; gradients are taken for its parameters that require one.
+        model: the network, for which there is no `refusal_of_sharded`; gradients are taken for its parameters that
+            require one.
         inputs: its inputs; gradients are taken for those that require one.
         loss_scale: factor on every inner loss, taken out again at the end (float16 loss scaling); None: 1.
-
-    Raises:
-        ValueError: the model is sharded by `fully_shard`.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], loss_scale: float | Tensor | None) -> None:
-        if is_sharded(model):
-            raise ValueError(
-                "model is sharded by fully_shard, which reduces gradients as soon as a backward reaches a block; "
-                "execution='lean' and 'sequential' run several backward passes within the forward. Use 'stacked' or "
-                "'shared'"
-            )
         self.enabled = torch.is_grad_enabled()
         parameters = [p for p in model.parameters() if p.requires_grad] if self.enabled else []
         aliases = {id(parameter): parameter.detach().requires_grad_() for parameter in parameters}

@@ -26,13 +26,15 @@ from ..batch_norm.statistics import (
 from ..config import GKTConfig
 from ..network.calls import SharedStateError, logits_of
 from ..network.interception import Site, intercept
+from ..network.network import Network
 from ..subnets.plan import Plan, make_plan
-from .gradients import GradientSum, deliver
+from ..subnets.streams import Streams, place_of, stream_at
+from .gradients import GradientSum, deliver, refusal_of_sharded
 from .states import States, _State
-from .step import Network, StepResult, Streams
+from .step import Mode, StepResult
 from .stream_loss import StreamLoss
 
-__all__ = ["run_lean", "stream_order"]
+__all__ = ["MODE", "run_lean", "stream_order"]
 
 
 def run_lean(
@@ -44,23 +46,17 @@ def run_lean(
 ) -> StepResult:
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
-    plan = make_plan(network.layers(), streams.dropped)
-    older = next((layer for layer in plan.layers if layer.reads_back_gradient), None)
-    if older is not None:
-        raise SharedStateError(
-            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
-            "execution='lean' has cut the graph between the two. Use execution='shared'"
-        )
+    plan = make_plan(network.layers(config.independent_noise), streams.dropped)
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
-    every_stream_counts = config.batch_norm == "sequential"
+    all_update = streams.all_update_statistics
     order = stream_order(plan, config)
-    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
-        states = _CutStates(network, statistics, plan)
+    with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
+        states = _CutStates(network, statistics, plan, independent_noise=config.independent_noise)
         try:
             for stream in order:
-                updates = stream == 0 or every_stream_counts
+                updates = stream == 0 or all_update
                 with (
                     nullcontext() if updates else frozen_statistics(layers),
                     intercept(network.model, network.sites, states.call),
@@ -85,10 +81,11 @@ class _CutStates(States):
         network: the network.
         statistics: see `States`.
         plan: the states of the step.
+        independent_noise: see `States`.
     """
 
-    def __init__(self, network: Network, statistics: list, plan: Plan) -> None:
-        super().__init__(network, statistics)
+    def __init__(self, network: Network, statistics: list, plan: Plan, *, independent_noise: bool) -> None:
+        super().__init__(network, statistics, independent_noise=independent_noise)
         self.plan = plan
         self._readers = Counter(state for path in plan.paths for state in path)
         children = Counter(plan.parents[1:])
@@ -104,35 +101,35 @@ class _CutStates(States):
         self._plan_path = plan_path
 
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
-        planned = self._plan_path[len(self.path)] if len(self.path) < len(self._plan_path) else None
-        if planned is None or self.plan.layers[self.plan.layer_of[planned]].path != site.path:
+        number = self._plan_path[len(self.path)] if len(self.path) < len(self._plan_path) else None
+        if number is None or self.plan.layers[self.plan.layer_of[number]].path != site.path:
             raise SharedStateError(
                 f"the model called {site.path!r} where its forward in evaluation mode calls another layer; "
                 f"execution='lean' needs the same order of calls in every step. {self.order.advice}"
             )
         state = super()._execute(site, module, args, kwargs)
-        if planned in self._branching and torch.is_grad_enabled():
-            state = self._cut(planned, state)
-        self._executed[planned] = state
+        if number in self._branching and torch.is_grad_enabled():
+            state = self._cut(number, state)
+        self._executed[number] = state
         return state
 
-    def _cut(self, planned: int, state: _State) -> _State:
+    def _cut(self, number: int, state: _State) -> _State:
         values, structure = tree_flatten(state.output)
         outputs = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
         leaves = {id(value): value.detach().requires_grad_() for value in outputs}
-        self._cuts[planned] = outputs, [leaves[id(value)] for value in outputs]
+        self._cuts[number] = outputs, [leaves[id(value)] for value in outputs]
         output = tree_unflatten([leaves.get(id(value), value) for value in values], structure)
         return _State(output, state.past_stem, state.statistics)
 
     def finish_stream(self) -> None:
         """The stream's backward is done: goes back through cuts that no other stream will read, deepest first."""
         self.path = []
-        for planned in reversed(self._plan_path):
-            self._readers[planned] -= 1
-            if self._readers[planned]:
+        for number in reversed(self._plan_path):
+            self._readers[number] -= 1
+            if self._readers[number]:
                 continue
-            self._executed.pop(planned).release()
-            outputs, leaves = self._cuts.pop(planned, ([], []))
+            self._executed.pop(number).release()
+            outputs, leaves = self._cuts.pop(number, ([], []))
             pairs = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
             if pairs:
                 torch.autograd.backward(*zip(*pairs, strict=True))
@@ -155,16 +152,30 @@ def stream_order(plan: Plan, config: GKTConfig) -> list[int]:
 
 
 def _is_ready(stream: int, done: Sequence[int], config: GKTConfig) -> bool:
-    loop, group = divmod(stream - 1, config.groups)
+    loop, group = place_of(stream, config.groups)
     needed = []
-    if group > 0:
-        needed.append(stream - 1)
-    if loop > 0:
-        needed.append(stream - config.groups)
-        if group < config.groups - 1:
-            needed.append(stream - config.groups + 1)
-    return all(stream in done for stream in needed)
+    if group > 1:
+        needed.append((loop, group - 1))
+    if loop > 1:
+        needed.append((loop - 1, group))
+        if group < config.groups:
+            needed.append((loop - 1, group + 1))
+    return all(stream_at(*place, config.groups) in done for place in needed)
 
 
 def _shared_states(path: tuple[int, ...], other: tuple[int, ...]) -> int:
     return len(set(path) & set(other))
+
+
+def _refusal(network: Network, streams: Streams) -> Exception | None:
+    layers = network.layers(streams.config.independent_noise)
+    older = next((layer for layer in layers if layer.reads_back_gradient), None)
+    if older is not None:
+        return SharedStateError(
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='lean' has cut the graph between the two. Use execution='shared'"
+        )
+    return refusal_of_sharded(network.model)
+
+
+MODE = Mode(run_lean, _refusal)

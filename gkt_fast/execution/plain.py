@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..network.block_order import BlockOrder
-from ..network.calls import logits_of, skip_block
+from ..network.calls import logits_of
 from ..network.interception import Site, intercept
+from ..network.look import look
+from ..network.network import Network
 from ..ops import GroupKnowledge
-from .step import Network, StepResult, Streams, knowledge_options
+from ..subnets.streams import Streams
+from .step import Mode, StepResult, knowledge_options
 
-__all__ = ["run_plain"]
+__all__ = ["MODE", "run_plain"]
 
 
 def run_plain(
@@ -29,7 +31,7 @@ def run_plain(
         _learn_returns(network, inputs)
 
     def skip(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        return skip_block(site.path, network.returns[site.path], args, kwargs)
+        return network.skip(site, args, kwargs)
 
     with intercept(network.model, dropped, skip):
         logits = logits_of(network.model(*inputs))
@@ -38,7 +40,6 @@ def run_plain(
     return StepResult(ce if weight == 1.0 else weight * ce, ce.detach().reshape(1), logits.detach())
 
 
-@torch.no_grad()
 def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
     """Runs all blocks once, in evaluation mode, to see how many values each returns."""
     blocks = [site for site in network.sites if site.is_block]
@@ -48,15 +49,12 @@ def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         order.call(site)
         output = module(*args, **kwargs)
-        network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+        network.learn_returns(site, output)
         return output
 
-    training = {module: module.training for module in network.model.modules()}
-    network.model.eval()
-    try:
-        with intercept(network.model, blocks, call):
-            network.model(*inputs)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with look(network.model), intercept(network.model, blocks, call):
+        network.model(*inputs)
     order.end_stream()
+
+
+MODE = Mode(run_plain, shares_states=False)

@@ -1,4 +1,4 @@
-"""`execution="sequential"`: one stream after another, each with its backward at once.
+"""`execution="sequential"`: streams run one by one, each with its backward at once.
 
 The status quo (Stimulative Training's loop) and the reference for every other mode: nothing is shared, the memory is
 that of one network, and each stream may see the images at its own resolution. Gradients are computed inside the forward
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..batch_norm.statistics import frozen_statistics, tracking_layers
 from ..network.block_order import BlockOrder
-from ..network.calls import logits_of, skip_block
+from ..network.calls import logits_of
 from ..network.interception import Site, intercept
-from .gradients import GradientSum, deliver
-from .step import Network, StepResult, Streams
+from ..network.network import Network
+from ..subnets.streams import Streams
+from .gradients import GradientSum, deliver, refusal_of_sharded
+from .step import Mode, StepResult
 from .stream_loss import StreamLoss
 
-__all__ = ["run_sequential"]
+__all__ = ["MODE", "run_sequential"]
 
 
 def run_sequential(
@@ -33,7 +35,6 @@ def run_sequential(
     loss_scale: float | Tensor | None = None,
 ) -> StepResult:
     """Runs the streams one by one. The inner backward passes run on the loss times `loss_scale` (float16)."""
-    config = streams.config
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)
@@ -46,13 +47,13 @@ def run_sequential(
         ) -> Any:
             order.call(site)
             if site.path in dropped:
-                return skip_block(site.path, network.returns.get(site.path, 0), args, kwargs)
+                return network.skip(site, args, kwargs)
             output = module(*args, **kwargs)
-            network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+            network.learn_returns(site, output)
             return output
 
         order.begin_stream()
-        updates_statistics = stream == 0 or config.batch_norm == "sequential"
+        updates_statistics = stream == 0 or streams.all_update_statistics
         with (
             nullcontext() if updates_statistics else frozen_statistics(layers),
             intercept(network.model, blocks, call),
@@ -83,3 +84,10 @@ def resize_images(images: Any, size: int) -> Any:
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def _refusal(network: Network, streams: Streams) -> Exception | None:
+    return refusal_of_sharded(network.model)
+
+
+MODE = Mode(run_sequential, _refusal, shares_states=False)

@@ -17,11 +17,13 @@ from ..batch_norm.statistics import (
 )
 from ..network.calls import logits_of
 from ..network.interception import intercept
+from ..network.network import Network
 from ..ops import group_knowledge_loss
+from ..subnets.streams import Streams
 from .states import States
-from .step import Network, StepResult, Streams, loss_options
+from .step import Mode, StepResult, loss_options
 
-__all__ = ["run_shared"]
+__all__ = ["MODE", "run_shared"]
 
 
 def run_shared(
@@ -34,15 +36,15 @@ def run_shared(
     """Runs all streams through the model, each state once. `loss_scale` is not needed: backward comes later."""
     config = streams.config
     layers = tracking_layers(network.model)
-    every_stream_counts = config.batch_norm == "sequential"
-    with record_statistics(network.model, layers) if every_stream_counts else nullcontext([]) as statistics:
-        states = States(network, statistics)
+    all_update = streams.all_update_statistics
+    with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
+        states = States(network, statistics, independent_noise=config.independent_noise)
         try:
             with intercept(network.model, network.sites, states.call):
                 states.begin_stream(streams.dropped[0])
                 logits = [logits_of(network.model(*inputs))]
                 states.end_stream()
-                with nullcontext() if every_stream_counts else frozen_statistics(layers):
+                with nullcontext() if all_update else frozen_statistics(layers):
                     for dropped in streams.dropped[1:]:
                         states.begin_stream(dropped)
                         logits.append(logits_of(network.model(*inputs)))
@@ -54,3 +56,6 @@ def run_shared(
     loss, terms = group_knowledge_loss(torch.stack(logits), targets, **loss_options(config))
     freeze_during_backward(loss, layers)
     return StepResult(loss, terms, logits[0].detach())
+
+
+MODE = Mode(run_shared)

@@ -12,6 +12,7 @@ not be tensors).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -22,26 +23,51 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..batch_norm.layer import ghost_batches, is_batch_norm, run_batch_norm_layer
+from ..batch_norm.kinds import is_batch_norm
+from ..batch_norm.layer import ghost_batches, run_batch_norm_layer
 from ..batch_norm.statistics import StreamStatistics, compiled_batch_norm
 from ..network.block_order import BlockOrder
-from ..network.calls import SharedStateError, logits_of, run_watched
+from ..network.calls import SharedStateError, logits_of
 from ..network.interception import Site, find_layers, intercept
-from ..network.noise import GeneratorWatch, silence
+from ..network.network import Network
+from ..network.noise import DrawDetector, forbid_draws
 from ..ops import group_knowledge_loss
 from ..subnets.plan import Layer, Plan, make_plan
+from ..subnets.streams import Streams
 from .partition import ghost, lead_and_kept
-from .step import Network, StepResult, Streams, loss_options
+from .step import Mode, StepResult, loss_options
 
-__all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
+__all__ = ["MODE", "StackingError", "reason_against", "run_stacked"]
 
 
 class StackingError(SharedStateError):
     """Several states of the model can't run as one batch; the message says why."""
 
 
-def reason_against_stacking(model: nn.Module) -> str | None:
-    """Why states of this model can't be stacked; None when nothing speaks against it."""
+def reason_against(network: Network, streams: Streams) -> str | None:
+    """Why states of this network can't be stacked; None: nothing that can be seen before it runs."""
+    reason = _norm_against(network.model)
+    if reason is not None:
+        return reason
+    layers = network.layers(streams.config.independent_noise)
+    older = next((layer for layer in layers if layer.reads_back is not None), None)
+    if older is not None:
+        return (
+            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
+            "execution='stacked' has other states stacked by then"
+        )
+    stem = itertools.takewhile(lambda layer: not layer.is_block, layers)
+    noisy = next((layer for layer in stem if layer.draws_noise), None)
+    if noisy is not None:
+        return (
+            f"layer {noisy.path!r} draws random numbers before the first block; execution='stacked' can't draw them "
+            "for each stream (independent_noise=True)"
+        )
+    return None
+
+
+def _norm_against(model: nn.Module) -> str | None:
+    """Which normalisation layer can't run per ghost batch, and why; None: there is none."""
     compiled = compiled_batch_norm(model)
     if compiled is not None:
         return f"{compiled!r} is compiled, so that the BatchNorm inside can't be run for each state by itself"
@@ -71,21 +97,13 @@ def run_stacked(
     """Runs all streams in one forward. `loss_scale` is not needed: backward comes later.
 
     Raises:
-        StackingError: the model can't be stacked.
+        StackingError: it shows while the model runs that it can't be stacked.
     """
-    reason = reason_against_stacking(network.model)
-    if reason is not None:
-        raise StackingError(f"execution='stacked' can't run this model: {reason}")
-    plan = make_plan(network.layers(), streams.dropped)
-    older = next((layer for layer in plan.layers if layer.reads_back is not None), None)
-    if older is not None:
-        raise StackingError(
-            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
-            "execution='stacked' has other states stacked by then"
-        )
-    statistics = StreamStatistics(streams.config.batch_norm)
-    stack = _Stack(plan, network, statistics)
-    _unwatch([module for module in network.model.modules() if is_batch_norm(module)])
+    independent_noise = streams.config.independent_noise
+    plan = make_plan(network.layers(independent_noise), streams.dropped)
+    statistics = StreamStatistics(streams.all_update_statistics)
+    stack = _Stack(plan, network, statistics, independent_noise=independent_noise)
+    _allow_recomputation([module for module in network.model.modules() if is_batch_norm(module)])
     norms = find_layers(network.model, is_batch_norm)
     first_step = not network.returns
     with (
@@ -97,7 +115,7 @@ def run_stacked(
     stack.order.end_stream()
     statistics.update()
     loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
-    _watch_backward(network.model, loss)
+    _forbid_recomputation(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
 
 
@@ -122,18 +140,18 @@ def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -
     return run_batch_norm_layer(module, *args, **kwargs)
 
 
-def _watch_backward(model: nn.Module, loss: Tensor) -> None:
+def _forbid_recomputation(model: nn.Module, loss: Tensor) -> None:
     """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
     layers = [module for module in model.modules() if is_batch_norm(module) and module.training]
 
-    def watch(gradient: Tensor) -> None:
-        _unwatch(layers)  # of a backward that failed
+    def forbid(gradient: Tensor) -> None:
+        _allow_recomputation(layers)  # of a backward that failed
         for layer in layers:
             layer.register_forward_pre_hook(_refuse_recomputation)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _unwatch(layers))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _allow_recomputation(layers))
 
     if layers and loss.requires_grad:
-        loss.register_hook(watch)
+        loss.register_hook(forbid)
 
 
 def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
@@ -144,7 +162,7 @@ def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
         )
 
 
-def _unwatch(layers: list[nn.Module]) -> None:
+def _allow_recomputation(layers: list[nn.Module]) -> None:
     for layer in layers:
         for key, hook in [*layer._forward_pre_hooks.items()]:
             if hook is _refuse_recomputation:
@@ -157,10 +175,13 @@ class _Stack:
     Args:
         plan: the states of the step.
         network: the network.
-        statistics: hears of the batch statistics of every BatchNorm call.
+        statistics: receives the batch statistics of every BatchNorm call.
+        independent_noise: whether layers that draw random numbers draw them for each stream.
     """
 
-    def __init__(self, plan: Plan, network: Network, statistics: StreamStatistics) -> None:
+    def __init__(
+        self, plan: Plan, network: Network, statistics: StreamStatistics, *, independent_noise: bool
+    ) -> None:
         self.plan = plan
         self.network = network
         self.statistics = statistics
@@ -170,7 +191,7 @@ class _Stack:
         self.passed: Any = None
         self.order = BlockOrder(network.sites)
         self.order.begin_stream()
-        self._watch = None if network.noisy is None else GeneratorWatch(network.model)
+        self._detector = DrawDetector(network.model) if independent_noise else None
         self._state_of = [0] * len(plan.paths)
         self._next = [0] * len(plan.paths)
 
@@ -210,25 +231,20 @@ class _Stack:
                 f"block {site.path!r} returns {type(y).__name__}; execution='stacked' needs blocks that return one "
                 "activation with as many rows as their input"
             )
-        self.network.returns[site.path] = 0
+        self.network.learn_returns(site, y)
         self._advance()
         self.passed = y = self._arrange(y)
         return y
 
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         noisy = self.plan.layers[self.position].draws_noise
-        if noisy and any(len(streams) > 1 for streams in self.stacked):
-            raise StackingError(
-                f"layer {site.path!r} draws random numbers before the first block; execution='stacked' can't draw "
-                "them for each stream (independent_noise=True)"
-            )
         with (
             ghost_batches(len(self.stacked), self.statistics.receiver(self.stacked)),
-            silence(None if noisy else self._watch, site.path),
+            forbid_draws(None if noisy else self._detector, site.path),
         ):
             if self.position == 0 and not site.is_block:
                 return module(*args, **kwargs)
-            return run_watched(self.network.writes_input, site.path, module, args, kwargs)
+            return self.network.run_on_shared_input(site, module, args, kwargs)
 
     def _moves(self, stream: int) -> bool:
         """Whether the stream runs the next layer."""
@@ -306,3 +322,11 @@ class _Stack:
             return ghosts
         parts = ghosts.unbind()
         return torch.stack([parts[i] for i in index])  # an index tensor would be copied from the host
+
+
+def _refusal(network: Network, streams: Streams) -> StackingError | None:
+    reason = reason_against(network, streams)
+    return None if reason is None else StackingError(f"execution='stacked' can't run this model: {reason}")
+
+
+MODE = Mode(run_stacked, _refusal)

@@ -6,7 +6,7 @@ block hands its input through. So shared prefixes cost nothing, and what is comp
 compute one by one.
 
 Streams that share a state share its tensors. A block that writes into its input would corrupt them, so the first
-real call of every layer gets a copy and is watched: a layer that writes keeps getting copies, the others never again.
+real call of every layer gets a copy: a layer that writes into it keeps getting copies, the others never again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from ..network.block_order import BlockOrder
-from ..network.calls import SharedStateError, run_watched, skip_block, versions
+from ..network.calls import SharedStateError, versions
 from ..network.interception import Site
-from ..network.noise import GeneratorWatch, silence
-from .step import Network
+from ..network.network import Network
+from ..network.noise import DrawDetector, forbid_draws
 
 __all__ = ["States"]
 
@@ -49,13 +49,15 @@ class States:
         network: the network; what is learnt of its layers is kept there from step to step.
         statistics: list that BatchNorm layers append to as they run (`batch_norm.record_statistics`); the states
             remember what was appended while they were computed.
+        independent_noise: whether every stream runs the layers by itself that draw random numbers, and what follows.
     """
 
-    def __init__(self, network: Network, statistics: list) -> None:
+    def __init__(self, network: Network, statistics: list, *, independent_noise: bool) -> None:
         self.network = network
         self.statistics = statistics
         self.order = BlockOrder(network.sites)
-        self._watch = None if network.noisy is None else GeneratorWatch(network.model)
+        self._noisy = network.noisy_layers() if independent_noise else frozenset()
+        self._detector = DrawDetector(network.model) if independent_noise else None
         self.root = self.state = _State(None, False, [])
         self.path: list[_State] = []
         self.past_stem = False
@@ -97,11 +99,12 @@ class States:
         self.past_stem = self.past_stem or site.is_block
         self.order.call(site)
         if site.path in self.dropped:
-            return skip_block(site.path, self.network.returns.get(site.path, 0), args, kwargs)
-        key = (site.index, len(self.stream_statistics) if self._draws_noise(site) else None)
+            return self.network.skip(site, args, kwargs)
+        noisy = site.path in self._noisy
+        key = (site.index, len(self.stream_statistics) if noisy else None)
         child = self.state.children.get(key)
         if child is None:
-            with silence(None if self._draws_noise(site) else self._watch, site.path):
+            with forbid_draws(None if noisy else self._detector, site.path):
                 child = self._execute(site, module, args, kwargs)
             self.state.children[key] = child
         self.state = child
@@ -109,20 +112,16 @@ class States:
         self.stream_statistics[-1].extend(child.statistics)
         return child.output
 
-    def _draws_noise(self, site: Site) -> bool:
-        """Whether every stream runs the layer by itself, with noise of its own."""
-        return self.network.noisy is not None and site.path in self.network.noisy
-
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")
         before = len(self.statistics)
         # Before the first block, kept or dropped, streams don't part: the stem may write into its own.
         if self.past_stem:
-            output = run_watched(self.network.writes_input, site.path, module, args, kwargs)
+            output = self.network.run_on_shared_input(site, module, args, kwargs)
         else:
             output = module(*args, **kwargs)
         if site.is_block:
-            self.network.returns[site.path] = len(output) if isinstance(output, tuple) else 0
+            self.network.learn_returns(site, output)
         return _State(output, self.past_stem, self.statistics[before:])
 
 

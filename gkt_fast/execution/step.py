@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import GKTConfig
-from ..network.interception import Site
-from ..subnets.plan import Layer
+from ..network.network import Network
+from ..subnets.streams import Streams
 
-__all__ = ["Execution", "Network", "StepResult", "Streams", "knowledge_options", "loss_options", "tensors_in"]
-
-
-@dataclass
-class Network:
-    """A model with the places where its streams may part.
-
-    Args:
-        model: the network.
-        sites: its blocks and the modules between them.
-        writes_input: what is known of layers that write into their input (`states.States`).
-        returns: what is known of the number of values that blocks return (`states.States`).
-        layers: gives the layers at the sites in order of execution, for modes that plan a step before they run it.
-        noisy: paths of the layers that draw random numbers, which every stream runs by itself; None: noise may be
-            shared as the states are.
-    """
-
-    model: nn.Module
-    sites: list[Site]
-    writes_input: dict[str, bool] = field(default_factory=dict)
-    returns: dict[str, int] = field(default_factory=dict)
-    layers: Callable[[], Sequence[Layer]] = list
-    noisy: frozenset[str] | None = None
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The streams of a step.
-
-    Args:
-        dropped: for each the paths of the blocks that it drops, the full network (none) first. A single stream may be
-            a subnet.
-        config: the hyper-parameters.
-        resolutions: height and width that each subnet's images are resized to; empty: as they are.
-    """
-
-    dropped: tuple[frozenset[str], ...]
-    config: GKTConfig
-    resolutions: tuple[int, ...] = ()
-
-    def group(self, stream: int) -> int:
-        """The group of a subnet's stream, 1 to G."""
-        return (stream - 1) % self.config.groups + 1
+__all__ = ["Execution", "Mode", "StepResult", "knowledge_options", "loss_options", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +31,41 @@ class StepResult:
 
 
 Execution = Callable[[Network, tuple[Any, ...], Tensor, Streams, "float | Tensor | None"], StepResult]
-"""A mode: (network, inputs of the model, targets, streams, loss scale) -> result."""
+"""Runs a step: (network, inputs of the model, targets, streams, loss scale) -> result."""
+
+
+def _nothing_against(network: Network, streams: Streams) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way of running steps.
+
+    Args:
+        run: runs a step.
+        refusal: what the mode refuses a network and its streams with, before it runs anything; None: nothing is known
+            to speak against it.
+        shares_states: whether streams read each other's activations, and with them the random numbers drawn there.
+    """
+
+    run: Execution
+    refusal: Callable[[Network, Streams], Exception | None] = _nothing_against
+    shares_states: bool = True
+
+    def __call__(
+        self,
+        network: Network,
+        inputs: tuple[Any, ...],
+        targets: Tensor,
+        streams: Streams,
+        loss_scale: float | Tensor | None = None,
+    ) -> StepResult:
+        """Runs a step, or raises the refusal."""
+        refusal = self.refusal(network, streams)
+        if refusal is not None:
+            raise refusal
+        return self.run(network, inputs, targets, streams, loss_scale)
 
 
 def knowledge_options(config: GKTConfig) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops import GroupKnowledge
-from .step import Streams, knowledge_options
+from ..subnets.streams import Streams
+from .step import knowledge_options
 
 __all__ = ["StreamLoss"]
 

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig, Stage
-from gkt_fast.execution import choose_execution
 
 from .zoo import ZooModel
 
@@ -21,7 +20,7 @@ def row(zoo_model: ZooModel) -> str:
     model = on_meta(zoo_model)
     gkt = GKT(model, GKTConfig(fuse_blocks=False))
     gkt.layers(torch.empty(1, 3, zoo_model.pixels, zoo_model.pixels, device="meta"))
-    stacked = choose_execution("auto", model).mode == "stacked"
+    stacked = "\nexecution: stacked (" in gkt.explain()
     cells = (
         f"{zoo_model.library} `{zoo_model.name}`",
         containers(gkt.stages),

@@ -15,7 +15,7 @@ __all__ = ["BlockOrder"]
 
 
 class BlockOrder:
-    """Hears of the blocks that the streams call, the full network's first.
+    """Records which blocks each stream calls, the full network's first.
 
     Args:
         sites: places of the model.
@@ -28,23 +28,23 @@ class BlockOrder:
 
     @property
     def advice(self) -> str:
-        """What was found, and the way out."""
+        """Which blocks were found, and what the user can do."""
         return (
             f"The blocks found are {_listed(self._blocks)}. Turn off what skips blocks, or leave those that it may "
             f"skip to the model. {NAME_STAGES}"
         )
 
     def begin_stream(self) -> None:
-        """The next stream starts."""
+        """Starts the next stream."""
         self._called = []
 
     def call(self, site: Site) -> None:
-        """The stream calls a site, whether or not it drops it."""
+        """Records a call of a site, dropped or not."""
         if site.is_block:
             self._called.append(site.path)
 
     def end_stream(self) -> None:
-        """The stream is through.
+        """Ends the stream, and checks which blocks it called.
 
         Raises:
             ValueError: the full network left out a block, or a subnet's stream called other ones than it.

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["SharedStateError", "logits_of", "run_watched", "skip_block", "versions"]
+__all__ = [
+    "SharedStateError",
+    "logits_of",
+    "run_on_shared_input",
+    "skip_block",
+    "values_returned",
+    "versions",
+]
 
 logger = logging.getLogger("gkt_fast")
 
@@ -19,7 +26,7 @@ class SharedStateError(RuntimeError):
     """The model changes an activation in place that other streams read."""
 
 
-def run_watched(
+def run_on_shared_input(
     writes_input: dict[str, bool], path: str, module: nn.Module, args: tuple, kwargs: dict
 ) -> Any:
     """Runs a layer whose input others read too: gives it a copy as long as it may write into its input.
@@ -73,7 +80,7 @@ def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
 
     Args:
         path: module path, for the message.
-        returns: number of values that the block returns in a tuple; 0 when it returns a bare value.
+        returns: number of values that the block returns (see `values_returned`).
         args: positional arguments of the call; the first argument is the activation.
         kwargs: keyword arguments.
 
@@ -91,6 +98,11 @@ def skip_block(path: str, returns: int, args: tuple, kwargs: dict) -> Any:
         f"block {path!r} takes {len(args)} values and returns {returns}; a block that is dropped can only hand its "
         "inputs through, so it must return as many values as it takes, or one"
     )
+
+
+def values_returned(output: Any) -> int:
+    """How many values a block returned in a tuple; 0 for a bare value."""
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def logits_of(output: Any) -> Tensor:

@@ -10,10 +10,11 @@ from torch import nn
 from ..subnets.subnet import Stage
 from .discovery import find_stages
 
-__all__ = ["compile_blocks", "reason_against_compiled_model"]
+__all__ = ["check_not_compiled", "compile_blocks"]
 
 VARIANTS = 8
-"""Graphs that a block shape may want: training and evaluation, with and without gradients, fixed and dynamic batch."""
+"""How many graphs a block of one shape may need: training and evaluation, with and without gradients, fixed and dynamic
+batch."""
 
 
 def compile_blocks(model: nn.Module, stages: Sequence[Stage] | None = None, **options: Any) -> list[str]:
@@ -22,14 +23,14 @@ def compile_blocks(model: nn.Module, stages: Sequence[Stage] | None = None, **op
     Compiling the model as a whole would compile a graph for every sampled subnet; ResNet-50 alone has 216. Blocks of
     one shape share a graph, and new subnets need no new ones. Parameters and state_dict keys stay as they are;
     copies (`extract_subnet`) are not compiled. Call it before or after `GKT` takes the model. Compiled blocks with
-    BatchNorm run in all modes but `stacked`, and not with batch_norm="sequential" in `shared` and `lean`.
+    BatchNorm run in all modes but `stacked`, and not with batch_norm="all_streams" in `shared` and `lean`.
 
     torch gives up on a function after `torch._dynamo.config.recompile_limit` graphs (8), and all blocks of a class
     are one function: the limit is raised to 8 graphs for each distinct block where it is lower.
 
     Args:
         model: the network.
-        stages: its stages, e.g. `gkt.stages`; None: found by themselves.
+        stages: its stages, e.g. `gkt.stages`; None: found automatically.
         options: of torch.compile, such as mode="max-autotune".
 
     Returns:
@@ -55,11 +56,14 @@ def _shape(block: nn.Module) -> tuple[Any, ...]:
     return modules, tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
 
 
-def reason_against_compiled_model(model: nn.Module) -> str | None:
-    """Why a compiled model can't run with subnets; None: it isn't compiled as a whole."""
+def check_not_compiled(model: nn.Module) -> None:
+    """Checks that the model isn't compiled as a whole.
+
+    Raises:
+        ValueError: it is.
+    """
     if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        return (
+        raise ValueError(
             "model is compiled as a whole, which would compile a graph for every subnet; "
             "give GKT the model itself and compile its blocks by gkt_fast.compile_blocks(model)"
         )
-    return None

@@ -22,13 +22,16 @@ from torch import nn
 
 from ..subnets.subnet import Stage
 
-__all__ = ["NAME_STAGES", "find_stages", "is_residual", "stages_from_paths"]
+__all__ = ["NAME_STAGES", "Stages", "as_stages", "find_stages", "is_residual", "stages_from_paths"]
+
+Stages = Sequence["Stage | str | Sequence[str]"]
+"""Stages as found, or named by module paths (`stages_from_paths`)."""
 
 NAME_STAGES = (
     "Name the stages yourself with stages=[['layer1.0', 'layer1.1'], ...] or by the "
     "paths of their containers, stages=['layer1', ...]"
 )
-"""The way out that error messages offer."""
+"""What error messages suggest."""
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PASSING_FUNCTIONS = {
@@ -43,6 +46,19 @@ _PASSING_MODULE_NAMES = ("DropPath", "StochasticDepth")
 """How the names of such classes end (timm, torchvision, transformers)."""
 _RESHAPES = {torch.reshape, torch.flatten, torch.unflatten, "reshape", "view", "flatten", "unflatten"}
 _RESHAPES_LIKE = {"reshape_as", "view_as"}
+
+
+def as_stages(model: nn.Module, stages: Stages | None) -> list[Stage]:
+    """The stages as they are, by their module paths, or found automatically.
+
+    Raises:
+        ValueError, TypeError: none are found, or a path doesn't fit.
+    """
+    if stages is None:
+        return find_stages(model)
+    if not isinstance(stages, str) and stages and all(isinstance(stage, Stage) for stage in stages):
+        return list(stages)
+    return stages_from_paths(model, stages)
 
 
 def find_stages(model: nn.Module) -> list[Stage]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..subnets.subnet import Stage
 
-__all__ = ["Call", "Site", "find_layers", "find_sites", "intercept", "uncompiled"]
+__all__ = ["Call", "Site", "find_layers", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -154,16 +154,3 @@ def intercept(model: nn.Module, sites: Iterable[Site], call: Call) -> Iterator[N
     finally:
         for modules, name, module in reversed(replaced):
             modules[name] = module
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, compiled modules of the model run as they are: a look at it asks for no graphs."""
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call

@@ -16,16 +16,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .interception import Site, intercept, uncompiled
+from .interception import Site, intercept
+from .look import look
 
-__all__ = ["GeneratorWatch", "UnexpectedNoiseError", "noisy_layers", "silence"]
+__all__ = ["DrawDetector", "UnexpectedNoiseError", "forbid_draws", "noisy_layers"]
 
 
 class UnexpectedNoiseError(RuntimeError):
-    """A layer that drew no random numbers when the step was planned draws some now."""
+    """A layer that drew no random numbers when such layers were looked for draws some now."""
 
 
-class GeneratorWatch:
+class DrawDetector:
     """Tells whether random numbers were drawn since it last looked: by Python, or by torch on the CPU or model's GPU.
 
     Reading a GPU's generator doesn't wait for the GPU.
@@ -46,24 +47,24 @@ class GeneratorWatch:
                 tensors.append(torch.cuda.get_rng_state(self._device))
             return random.getstate(), *(tensor.numpy().tobytes() for tensor in tensors)
 
-    def moved(self) -> bool:
+    def drawn(self) -> bool:
         """Whether a generator moved on since the last call."""
         states = self._states()
-        moved, self._seen = states != self._seen, states
-        return moved
+        drawn, self._seen = states != self._seen, states
+        return drawn
 
 
 @contextmanager
-def silence(watch: GeneratorWatch | None, path: str) -> Iterator[None]:
-    """Checks that a layer which should draw no random numbers doesn't; no watch: nothing is checked.
+def forbid_draws(detector: DrawDetector | None, path: str) -> Iterator[None]:
+    """Checks that a layer which should draw no random numbers doesn't; no detector: nothing is checked.
 
     Raises:
         UnexpectedNoiseError: it did.
     """
-    if watch is not None:
-        watch.moved()
+    if detector is not None:
+        detector.drawn()
     yield
-    if watch is not None and watch.moved():
+    if detector is not None and detector.drawn():
         raise UnexpectedNoiseError(
             f"layer {path!r} drew random numbers, which it did not when independent_noise=True looked for such layers; "
             "make a new GKT after a rate of dropout or stochastic depth was raised from 0"
@@ -81,31 +82,19 @@ def noisy_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         inputs: an example of its input, one sample.
     """
     noisy: set[str] = set()
-    training = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in model.modules()}
-    python_state = random.getstate()
-    watch = GeneratorWatch(model)
+    detector = DrawDetector(model)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        moved_before = watch.moved()
+        drawn_before = detector.drawn()
         output = module(*args, **kwargs)
-        if watch.moved() or moved_before:
+        if detector.drawn() or drawn_before:
             noisy.add(site.path)
         return output
 
-    try:
-        if not model.training:
-            model.train()
-        for module in training:
+    with look(model, training=None if model.training else True, gradients=True):
+        for module in model.modules():
             if isinstance(module, _NormBase):
                 module.eval()
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
-        with torch.random.fork_rng(), torch.enable_grad(), uncompiled(model), intercept(model, sites, call):
+        with intercept(model, sites, call):
             model(*inputs)
-    finally:
-        random.setstate(python_state)
-        for module, mode in training.items():
-            module.training = mode
-            module._buffers.update(buffers[module])
     return frozenset(noisy)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..subnets.plan import Layer
 from .chain import older_reads
-from .interception import Site, intercept, uncompiled
+from .interception import Site, intercept
+from .look import look
 
 __all__ = ["count_flops", "count_layers", "one_sample", "same_form", "zeros_for"]
 
@@ -47,22 +47,9 @@ def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
     counter = FlopCounterMode(display=False)
-    with _evaluation(model), torch.no_grad(), counter:
+    with look(model), counter:
         model(*zeros_for(model, inputs))
     return counter.get_total_flops()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards it and the random state are as before."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(), uncompiled(model):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -89,7 +76,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
     layers: list[Layer] = []
-    weights = {value.data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    weights: set[int] = set()
     saved: dict[int, int] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -109,9 +96,9 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
         differentiable.append(any(v.requires_grad for v in tree_leaves(output) if isinstance(v, Tensor)))
         return output
 
-    with _evaluation(model):
+    with look(model, gradients=True):
+        weights.update(value.data_ptr() for value in [*model.parameters(), *model.buffers()])
         with (
-            torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             intercept(model, sites, call),
             counter,

@@ -26,7 +26,7 @@ CONFIG = GKTConfig(
     loops=2,
     sampler="fixed",
     subnets=((2, 2, 1), (2, 1, 1), (1, 2, 1), (1, 1, 1)),
-    batch_norm="sequential",
+    batch_norm="all_streams",
 )
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}
 GRADIENT_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-2}

@@ -1,4 +1,4 @@
-"""What a shared step costs on average, and the smallest depths that keep it within a budget. No torch here.
+"""What a shared step costs on average, and the smallest depths that keep it within a budget.
 
 With ordered nested subnets and one loop the expectation is exact. Two neighbours in the chain full, group 1, ..., group
 G run a layer in the same state unless their depths differ in an earlier stage, and stages are drawn independently, so

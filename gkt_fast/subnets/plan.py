@@ -1,8 +1,8 @@
-"""Which activations (states) the streams of a step share, and what the step costs. No torch here.
+"""Which activations (states) the streams of a step share, and what the step costs.
 
 A state is the sequence of layers executed so far (and of the random numbers drawn by them, where each stream draws its
-own). The plan is the tree of all states: its root is the input, each
-further node is one layer executed in the state above it, and each stream is a path from the root to a leaf.
+own). The plan is the tree of all states: its root is the input, each further node is one layer executed in the state
+above it, and each stream is a path from the root to a leaf.
 """
 
 from __future__ import annotations

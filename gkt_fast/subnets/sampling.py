@@ -1,4 +1,4 @@
-"""Draws the subnets of a step, nested within each other (Tang et al., AAAI-24: subnet-in-subnet). No torch here.
+"""Draws the subnets of a step, nested within each other (Tang et al., AAAI-24: subnet-in-subnet).
 
 Every draw is a function of (seed, step) alone, so that all processes of a distributed run and a resumed run agree.
 The decay of `inherit_decay` is reconstructed: the paper describes an inheriting exponential decay that prefers
@@ -18,6 +18,7 @@ from .subnet import Stage, Subnet
 __all__ = [
     "SAMPLERS",
     "Sampler",
+    "check_sampling",
     "depth_probabilities",
     "minimum_depths",
     "sample_resolutions",
@@ -59,6 +60,16 @@ def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> lis
             parent = sampler(parent, stages, config, len(subnets), draw)
             subnets.append(parent)
     return subnets
+
+
+def check_sampling(stages: Sequence[Stage], config: GKTConfig) -> None:
+    """Checks that subnets of these stages can be drawn as the configuration asks.
+
+    Raises:
+        ValueError: min_depth or the fixed subnets don't fit the stages, or the sampler is unknown.
+    """
+    minimum_depths(stages, config)  # which the sampler needn't ask for
+    sample_subnets(stages, config, step=0)
 
 
 def sample_resolutions(config: GKTConfig, step: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A subnet is which residual blocks of a network are kept. No torch here."""
+"""A subnet is which residual blocks of a network are kept."""
 
 from __future__ import annotations
 
@@ -73,6 +73,15 @@ class Subnet:
                     f"depths is {depths}; its entry {i} must be between {stage.least_depth} and {stage.depth}"
                 )
         return cls(tuple((True,) * d + (False,) * (s.depth - d) for d, s in zip(depths, stages, strict=True)))
+
+    @classmethod
+    def of(cls, depths: Subnet | Sequence[int], stages: Sequence[Stage]) -> Subnet:
+        """The ordered subnet of these depths; a subnet as it is.
+
+        Raises:
+            ValueError, TypeError: the depths don't fit the stages (see `ordered`).
+        """
+        return depths if isinstance(depths, Subnet) else cls.ordered(depths, stages)
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..distributed import any_rank
+from ..subnets.streams import place_of
 from .state import TrainingState
 
 __all__ = ["LossCheck", "NonFiniteLossError", "check_network", "non_finite_entries"]
@@ -66,8 +67,8 @@ class LossCheck:
             elif stream == 0:
                 names.append("the full network")
             else:
-                loop, group = divmod(stream - 1, config.groups)
-                names.append(f"loop {loop + 1} group {group + 1} ({subnets[stream - 1]})")
+                loop, group = place_of(stream, config.groups)
+                names.append(f"loop {loop} group {group} ({subnets[stream - 1]})")
         return f"step {step} (epoch {self._state.epoch + 1}) in {', '.join(names) or 'their sum'}"
 
 

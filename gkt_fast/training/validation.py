@@ -63,6 +63,6 @@ def named_subnet(argument: str, depths: Subnet | Sequence[int], stages: Sequence
         ValueError: they don't fit the stages; the message begins with the name of the argument that they came from.
     """
     try:
-        return depths if isinstance(depths, Subnet) else Subnet.ordered(depths, stages)
+        return Subnet.of(depths, stages)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error

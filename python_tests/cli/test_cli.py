@@ -260,7 +260,7 @@ def test_configuration_file_with_the_names_of_flags(run, tmp_path):
             sampler="uniform",
             drop_rate=0.25,
             fuse_blocks=False,
-            batch_norm="sequential",
+            batch_norm="all_streams",
             execution="sequential",
             label_smoothing=0.1,
             ignore_index=7,

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gkt_fast import GKT, GKTConfig, Subnet, active_subnet, extract_subnet, recalibrate_batch_norm
-from gkt_fast.deployment.extraction import as_stages, as_subnet
 from gkt_fast.models import cifar_resnet
+from gkt_fast.network.discovery import as_stages
 
 
 def images(count=3, size=16, channels=3):
@@ -221,7 +221,7 @@ def test_stages_by_their_paths():
     model = cifar_resnet(14, width=4)
     assert as_stages(model, ["layer1", "layer2", "layer3"]) == as_stages(model, None)
     assert as_stages(model, as_stages(model, None)[1:]) == as_stages(model, ["layer2", "layer3"])
-    assert as_subnet((1, 2), as_stages(model, ["layer2", "layer3"])).depths == (1, 2)
+    assert Subnet.of((1, 2), as_stages(model, ["layer2", "layer3"])).depths == (1, 2)
     with pytest.raises(ValueError, match="stages names 'layer9'"):
         extract_subnet(model, (1,), ["layer9"])
     with pytest.raises(ValueError, match="stages is 'layer1'; it must be a sequence"):

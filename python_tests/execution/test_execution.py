@@ -84,7 +84,7 @@ def test_masks_neither_ordered_nor_nested(seed, policy):
 
 @pytest.mark.parametrize(
     "groups, loops, sampler, policy",
-    [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "sequential")],
+    [(3, 1, "inherit_decay", "full"), (2, 2, "stochastic_depth", "all_streams")],
 )
 @pytest.mark.parametrize("build", [resnet18, narrow_resnet50])
 def test_torchvision_resnets_equal_the_plain_loop(build, groups, loops, sampler, policy):
@@ -199,7 +199,7 @@ def test_no_groups_is_plain_training_bit_for_bit(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_accumulate_over_two_calls(mode):
-    config = GKTConfig(groups=2, batch_norm="sequential")
+    config = GKTConfig(groups=2, batch_norm="all_streams")
     model = cifar()
     expected_model = copy.deepcopy(model)
     for step in range(2):

@@ -7,11 +7,12 @@ import logging
 
 import pytest
 import torch
+from helpers.reference_step import choice_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gkt_fast import GKT, GKTConfig
-from gkt_fast.execution import StackingError, choose_execution
+from gkt_fast.execution import StackingError
 from gkt_fast.execution.lean import stream_order
 from gkt_fast.execution.partition import lead_and_kept
 from gkt_fast.models import cifar_resnet
@@ -67,9 +68,10 @@ STEP = {"step": 1}
 
 
 def test_auto_stacks_what_can_be_stacked():
-    choice = choose_execution("auto", Net())
+    choice = choice_of("auto", Net(), batch()[:1])
     assert choice.mode == "stacked"
-    assert choose_execution("lean", Net()) == ("lean", "asked for")
+    lean = choice_of("lean", Net(), batch()[:1])
+    assert (lean.mode, lean.reason) == ("lean", "asked for")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_stacked_refuses_with_a_reason_and_auto_falls_back_once(kind, reason, ca
 def test_hooks_on_batch_norm_are_a_reason_against_stacking():
     model = Net()
     model.blocks[1].bn.register_forward_hook(lambda *_: None)
-    assert "has hooks" in choose_execution("auto", model).reason
+    assert "has hooks" in choice_of("auto", model, batch()[:1]).reason
 
 
 def test_stacked_refuses_recomputation_and_recovers():

@@ -49,7 +49,7 @@ def test_momentum_and_number_of_batches(policy, momentum):
             )
         package_step("shared", model, (images,), targets, dropped, config)
         reference_step(expected_model, (images,), targets, dropped, config)
-    streams = 3 * (config.streams if policy == "sequential" else 1)
+    streams = 3 * (config.streams if policy == "all_streams" else 1)
     assert model.bn1.num_batches_tracked == streams
     assert model.bn1.momentum == momentum
 
@@ -169,7 +169,7 @@ def test_a_backward_that_fails_leaves_batch_norm_in_order(mode):
 def test_a_forward_that_fails_leaves_the_model_in_order(mode):
     inputs, targets = batch()
     model = Net()
-    gkt = GKT(model, GKTConfig(groups=2, execution=mode, batch_norm="sequential"))
+    gkt = GKT(model, GKTConfig(groups=2, execution=mode, batch_norm="all_streams"))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modules = dict(model.named_modules())
     with pytest.raises(RuntimeError):

@@ -89,7 +89,7 @@ NETS = [AroundAStage, BetweenStages, Auxiliary, SideBySide]
 def test_shared_is_exact_and_stacked_and_lean_refuse(net):
     model = net()
     inputs, targets = batch()
-    config = CONFIG.replace(batch_norm="sequential")
+    config = CONFIG.replace(batch_norm="all_streams")
     dropped = random_drops(find_stages(model), config.streams, seed=0)
     modes = ("sequential", "shared")
     assert_modes_agree(model, inputs, targets, dropped, config, modes, floor=1e-14)

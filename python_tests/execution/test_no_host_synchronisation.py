@@ -66,7 +66,7 @@ def gkt_step(execution: str, backward: bool, **options):
     return step
 
 
-@pytest.mark.parametrize("batch_norm", ["full", "sequential"])
+@pytest.mark.parametrize("batch_norm", ["full", "all_streams"])
 @pytest.mark.parametrize("execution", ["sequential", "shared", "stacked", "lean"])
 def test_a_step_neither_waits_nor_copies(execution, batch_norm):
     crossings = note(lambda: gkt_step(execution, True, batch_norm=batch_norm), "meta")

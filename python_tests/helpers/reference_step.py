@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from gkt_fast import GKTConfig, Stage
-from gkt_fast.execution import EXECUTION_MODES, Network, Streams
+from gkt_fast.execution import EXECUTION_MODES, Choice, choose_execution
 from gkt_fast.network.discovery import find_stages
-from gkt_fast.network.interception import find_sites
-from gkt_fast.network.profile import count_layers, one_sample
+from gkt_fast.network.network import Network
+from gkt_fast.subnets.streams import Streams
 
 MODES = tuple(EXECUTION_MODES)
 ONE_BY_ONE = tuple(mode for mode in MODES if mode != "stacked")
 """Modes that run one state at a time, for models that can't be stacked (test_execution_modes.py)."""
 TOLERANCES = {"stacked": 1e-11}
 """Relative; 1e-12 unless listed. Stacked BatchNorm sums in another order than torch's."""
-POLICIES = ("full", "sequential")
+POLICIES = ("full", "all_streams")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,7 +70,7 @@ def reference_step(
     """One step over the streams; `dropped`: the block paths each one drops, the full network (none) first."""
     logits = []
     for stream, paths in enumerate(dropped):
-        counts = stream == 0 or config.batch_norm == "sequential"
+        counts = stream == 0 or config.batch_norm == "all_streams"
         with _without_blocks(model, paths, skip), _scratch_buffers(model, enabled=not counts):
             logits.append(model(*inputs))
     loss, terms = reference_loss(logits, targets, config)
@@ -90,14 +90,23 @@ def package_step(
     stages: list[Stage] | None = None,
 ) -> Outcome:
     """The same step by one of the package's execution modes."""
-    stages = find_stages(model) if stages is None else stages
-    sites = find_sites(model, stages)
-    network = Network(model, sites, layers=lambda: count_layers(model, sites, one_sample(inputs)))
+    network = Network(model, find_stages(model) if stages is None else stages)
+    network.remember(inputs)
     streams = Streams(tuple(map(frozenset, dropped)), config)
     result = EXECUTION_MODES[mode](network, inputs, targets, streams, None)
     if result.loss.requires_grad:
         (result.loss * grad_output).backward()
     return outcome_of(model, inputs, result.loss, result.terms, result.logits)
+
+
+def choice_of(
+    execution: str, model: nn.Module, inputs: tuple[Any, ...], stages: list[Stage] | None = None
+) -> Choice:
+    """How the package would run the default configuration's streams, all of the full network."""
+    network = Network(model, find_stages(model) if stages is None else stages)
+    network.remember(inputs)
+    config = GKTConfig(execution=execution)
+    return choose_execution(network, Streams((frozenset(),) * config.streams, config))
 
 
 def outcome_of(

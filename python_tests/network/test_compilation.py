@@ -132,10 +132,10 @@ def test_what_compiled_batch_norm_does_not_go_with():
     auto(images, targets).loss.backward()
     assert "execution: shared (states can't be stacked: 'layer1.0' is compiled" in auto.explain()
     for execution in ("shared", "lean"):
-        config = GKTConfig(execution=execution, batch_norm="sequential")
-        with pytest.raises(ValueError, match=r"batch_norm is 'sequential', and 'layer1\.0' is compiled"):
+        config = GKTConfig(execution=execution, batch_norm="all_streams")
+        with pytest.raises(ValueError, match=r"batch_norm is 'all_streams', and 'layer1\.0' is compiled"):
             GKT(model, config)(images, targets)
-    GKT(model, GKTConfig(execution="sequential", batch_norm="sequential"))(images, targets).loss.backward()
+    GKT(model, GKTConfig(execution="sequential", batch_norm="all_streams"))(images, targets).loss.backward()
 
 
 def test_a_model_that_is_compiled_as_a_whole_is_refused():

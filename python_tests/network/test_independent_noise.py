@@ -27,7 +27,7 @@ from gkt_fast.network.noise import UnexpectedNoiseError, noisy_layers
 
 SHARING = tuple(mode for mode in MODES if mode != "sequential")
 CONFIG = GKTConfig(
-    groups=2, sampler="fixed", subnets=((3,), (2,)), independent_noise=True, batch_norm="sequential"
+    groups=2, sampler="fixed", subnets=((3,), (2,)), independent_noise=True, batch_norm="all_streams"
 )
 DROPPED = drops([3], [2, 3])
 """The streams of `CONFIG`."""
@@ -252,9 +252,9 @@ def test_looking_for_noise_leaves_everything_as_it_was():
     before = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     states = torch.get_rng_state(), random.getstate()
-    found = noisy_layers(model, gkt._sites, (images[:1],))
+    found = noisy_layers(model, gkt.network.sites, (images[:1],))
     assert found == {"stem", *(f"blocks.{i}" for i in range(4)), "dropout"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert noisy_layers(model.eval(), gkt._sites, (images[:1],)) == found and not model.training
+    assert noisy_layers(model.eval(), gkt.network.sites, (images[:1],)) == found and not model.training

@@ -11,6 +11,7 @@ from helpers.documents import ROOT
 from helpers.reference_step import (
     Outcome,
     assert_same,
+    choice_of,
     one_thread,  # noqa: F401
     package_step,
     random_drops,
@@ -19,13 +20,13 @@ from helpers.reference_step import (
 from torch import nn
 
 from gkt_fast import GKT, GKTConfig, Stage, fuse_blocks
-from gkt_fast.execution import StackingError, choose_execution
+from gkt_fast.execution import StackingError
 from gkt_fast.instruments.model_table import COMMAND, DOCUMENTS, containers, row, table
 from gkt_fast.instruments.tables import marked, replace_marked
 from gkt_fast.instruments.zoo import CLASSES, ZOO, ZooModel
 from gkt_fast.network.discovery import find_stages
 
-CONFIG = GKTConfig(groups=2, loops=1, batch_norm="sequential")
+CONFIG = GKTConfig(groups=2, loops=1, batch_norm="all_streams")
 TOLERANCE = 1e-11
 FLOOR = 1e-14
 """Gradients that vanish but for rounding, such as a bias before BatchNorm, may differ by this much."""
@@ -102,8 +103,8 @@ def test_blocks_that_change_shape_are_not_droppable(zoo_model):
 @pytest.mark.parametrize("zoo_model", ZOO, ids=str)
 def test_step_equals_the_plain_loop(zoo_model, mode):
     model, stages = small(zoo_model)
-    assert choose_execution("auto", model).mode == "stacked"
     images, targets = batch(zoo_model)
+    assert choice_of("auto", model, (images,), stages).mode == "stacked"
     model = copy.deepcopy(model)
     actual = package_step(mode, model, (images,), targets, drops(stages), CONFIG, stages=stages)
     assert_same(actual, plain_loop(zoo_model), TOLERANCE, FLOOR)

@@ -141,7 +141,7 @@ def test_mobilenet_equals_the_plain_loop():
     torch.manual_seed(0)
     model = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5, dropout=0.0).double()
     images, targets = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.randint(5, (4,))
-    config = GKTConfig(groups=2, batch_norm="sequential")
+    config = GKTConfig(groups=2, batch_norm="all_streams")
     dropped = random_drops(find_stages(model), 3, seed=0)
     assert_modes_agree(model, (images,), targets, dropped, config, floor=1e-14)
 

@@ -188,7 +188,7 @@ def test_a_wrong_mode_is_found(monkeypatch):
         return right(network, inputs, targets, fewer, loss_scale)
 
     right = EXECUTION_MODES["shared"]
-    monkeypatch.setitem(EXECUTION_MODES, "shared", wrong)
+    monkeypatch.setitem(EXECUTION_MODES, "shared", dataclasses.replace(right, run=wrong))
     results = {check.subject: check.passed for check in check_step(None, EXECUTION_MODES, torch.float64, CPU)}
     assert results == {f"step, {mode}": mode != "shared" for mode in EXECUTION_MODES}
 

@@ -14,6 +14,7 @@ import traceback
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.reference_step import choice_of
 from helpers.small_nets import CLASSES, Net
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gkt_fast import GKT, Callback, CheckpointError, GKTConfig, GKTTrainer, LinearWarmup, NonFiniteLossError
-from gkt_fast.execution import choose_execution
 from gkt_fast.ops import GroupKnowledge
 from gkt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from gkt_fast.training.weight_average import WeightAverage
@@ -493,7 +493,7 @@ def test_compiled_blocks_give_the_same_numbers():
 
 def test_compiled_blocks_with_batch_norm_are_shared_not_stacked():
     trainer = make(Net(), compile_blocks=True)
-    choice = choose_execution("auto", trainer.model)
+    choice = choice_of("auto", trainer.model, batches(1, 4)[0][:1])
     assert choice.mode == "shared"
     assert "'blocks.0' is compiled" in choice.reason
 

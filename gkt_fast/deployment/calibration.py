@@ -1,0 +1,85 @@
+"""Estimates BatchNorm's running statistics of a network, or of one of its subnets, anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..network.discovery import Stages
+from ..network.look import kept_modes
+from ..subnets.subnet import Subnet
+from .extraction import active_subnet
+
+__all__ = ["batch_norm_state", "recalibrate_batch_norm"]
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_samples: int = 2000,
+    depths: Subnet | Sequence[int] | None = None,
+    stages: Stages | None = None,
+) -> int:
+    """Resets BatchNorm's running statistics and estimates them anew, as the average over batches.
+
+    A subnet sees other activations than the full network, whose statistics the model carries after training
+    (Stimulative Training re-estimates them on about 2,000 images too). Dropout and the like stay in evaluation mode.
+
+    Args:
+        model: the network, changed in place; its training flags are left as they were.
+        loader: batches, or (batch, ...) tuples of which the first entry is used. Give it what training saw, augmented
+            and shuffled: the first batches of a loader that goes class by class are of a few classes.
+        num_samples: how many samples to use; fewer when the loader ends before.
+        depths: estimate for this subnet; None: the model as it is.
+        stages: the model's stages, or their module paths; None: found automatically.
+
+    Returns:
+        The number of samples used.
+
+    Raises:
+        ValueError: the loader gave no sample, or num_samples is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    momenta = [layer.momentum for layer in layers]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seen = 0
+    with kept_modes(model):
+        model.eval()
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None
+                layer.train()
+            with nullcontext() if depths is None else active_subnet(model, depths, stages):
+                for batch in loader:
+                    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                    images = images[: num_samples - seen]
+                    model(images.to(device))
+                    seen += len(images)
+                    if seen >= num_samples:
+                        break
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+    if seen == 0:
+        raise ValueError("loader gave no sample")
+    return seen
+
+
+def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all BatchNorm buffers, to be put back with `model.load_state_dict(state, strict=False)`."""
+    return {
+        f"{path}.{name}" if path else name: buffer.clone()
+        for path, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }

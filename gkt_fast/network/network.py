@@ -1,0 +1,146 @@
+"""`Network`: a model with everything that is known of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..subnets.plan import Layer
+from ..subnets.subnet import Stage
+from .calls import run_on_shared_input, skip_block, values_returned
+from .interception import Site, find_sites
+from .noise import noisy_layers
+from .profile import count_layers, one_sample, same_form, zeros_for
+
+__all__ = ["Network"]
+
+logger = logging.getLogger("gkt_fast")
+
+
+class Network:
+    """A model, the places where its streams may part, and what was learnt of it from step to step.
+
+    It lives as long as the `GKT` that holds it, and is copied and pickled with it.
+
+    Args:
+        model: the network.
+        stages: its stages.
+
+    Attributes:
+        sites: its blocks and the modules between them.
+        writes_input: for every layer that ran on a state, by its path, whether it writes into its input.
+        returns: for every block that ran, by its path, how many values it returns (see `values_returned`).
+        refused: execution modes that failed on the model although nothing spoke against them, with the reason.
+        looked_for_noise: whether a step was searched for noise that streams share.
+
+    Raises:
+        ValueError: two blocks are one place (see `find_sites`).
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
+        self.model = model
+        self.stages = list(stages)
+        self.sites = find_sites(model, self.stages)
+        self.writes_input: dict[str, bool] = {}
+        self.returns: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
+        self.looked_for_noise = False
+        self._told: set[str] = set()
+        self._example: tuple[Any, ...] | None = None
+        self._layers: list[Layer] | None = None
+        self._noisy: tuple[list[bool], frozenset[str]] | None = None
+
+    def of(self, model: nn.Module) -> Network:
+        """The same knowledge of a model that took this one's place, such as a replica on another device."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    def remember(self, inputs: tuple[Any, ...]) -> None:
+        """Keeps the form of one sample of the model's inputs, without its values; another form is counted anew."""
+        example = one_sample(inputs)
+        if self._example is None or not same_form(example, self._example):
+            self._example, self._layers, self._noisy = example, None, None
+
+    def layers(self, independent_noise: bool = False) -> list[Layer]:
+        """The blocks and the modules between them, in order of execution, with their cost for one sample.
+
+        Args:
+            independent_noise: whether layers that draw random numbers are marked, for streams that draw their own.
+
+        Raises:
+            ValueError: the form of the inputs is not known yet (see `remember`).
+        """
+        example = self._known_example()
+        if self._layers is None:
+            self._layers = count_layers(self.model, self.sites, example)
+        if not independent_noise:
+            return self._layers
+        noisy = self.noisy_layers()
+        return [replace(layer, draws_noise=layer.path in noisy) for layer in self._layers]
+
+    def noisy_layers(self) -> frozenset[str]:
+        """Paths of the layers that draw random numbers; looked for again when a layer changed its mode.
+
+        Raises:
+            ValueError: the form of the inputs is not known yet (see `remember`).
+        """
+        modes = [module.training for module in self.model.modules()] if self.model.training else []
+        if self._noisy is None or self._noisy[0] != modes:
+            inputs = zeros_for(self.model, self._known_example())
+            self._noisy = modes, noisy_layers(self.model, self.sites, inputs)
+        return self._noisy[1]
+
+    def _known_example(self) -> tuple[Any, ...]:
+        if self._example is None:
+            raise ValueError(
+                "inputs is None and the model has not been called yet; pass an example of its input"
+            )
+        return self._example
+
+    def run_on_shared_input(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Runs a layer whose input others read too (see `calls.run_on_shared_input`)."""
+        return run_on_shared_input(self.writes_input, site.path, module, args, kwargs)
+
+    def learn_returns(self, site: Site, output: Any) -> None:
+        """Keeps how many values a block returned."""
+        self.returns[site.path] = values_returned(output)
+
+    def skip(self, site: Site, args: tuple, kwargs: dict) -> Any:
+        """What a dropped block hands on (see `calls.skip_block`)."""
+        return skip_block(site.path, self.returns.get(site.path, 0), args, kwargs)
+
+    def tell_once(self, message: str, level: int = logging.INFO) -> None:
+        """Logs a message that this network has not logged before."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.log(level, message)
+
+    def state(self) -> list[int]:
+        """What was learnt, for a checkpoint: for every site whether it writes into its input, then how many values it
+        returns; -1 where that isn't known."""
+        paths = [site.path for site in self.sites]
+        return [
+            *(int(self.writes_input.get(path, -1)) for path in paths),
+            *(self.returns.get(path, -1) for path in paths),
+        ]
+
+    def load_state(self, state: Sequence[int]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            ValueError: it is of a network with another number of sites.
+        """
+        paths = [site.path for site in self.sites]
+        if len(state) != 2 * len(paths):
+            raise ValueError(f"state has {len(state)} entries; it must have 2 for each of {len(paths)} sites")
+        writes, returns = state[: len(paths)], state[len(paths) :]
+        self.writes_input = {
+            path: bool(value) for path, value in zip(paths, writes, strict=True) if value >= 0
+        }
+        self.returns = {path: value for path, value in zip(paths, returns, strict=True) if value >= 0}

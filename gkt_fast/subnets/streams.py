@@ -1,0 +1,77 @@
+"""The streams of a step, and which loop and group each belongs to.
+
+Stream 0 is the full network's. Subnets follow loop by loop, in each loop group by group: (loop 1, group 1), ...,
+(loop 1, group G), (loop 2, group 1), ..., (loop L, group G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import GKTConfig
+from .subnet import Stage, Subnet
+
+__all__ = ["Place", "Streams", "make_streams", "place_of", "stream_at"]
+
+
+class Place(NamedTuple):
+    """Where a subnet's stream stands.
+
+    Args:
+        loop: 1 to L.
+        group: 1 to G.
+    """
+
+    loop: int
+    group: int
+
+
+def place_of(stream: int, groups: int) -> Place:
+    """The loop and group of a subnet's stream, 1 to L * G."""
+    loop, group = divmod(stream - 1, groups)
+    return Place(loop + 1, group + 1)
+
+
+def stream_at(loop: int, group: int, groups: int) -> int:
+    """The inverse of `place_of`."""
+    return 1 + (loop - 1) * groups + group - 1
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of a step.
+
+    Args:
+        dropped: for each the paths of the blocks that it drops, the full network (none) first. A single stream may be
+            a subnet.
+        config: the hyper-parameters.
+        resolutions: height and width that each subnet's images are resized to; empty: as they are.
+    """
+
+    dropped: tuple[frozenset[str], ...]
+    config: GKTConfig
+    resolutions: tuple[int, ...] = ()
+
+    def group(self, stream: int) -> int:
+        """The group of a subnet's stream, 1 to G."""
+        return place_of(stream, self.config.groups).group
+
+    @property
+    def all_update_statistics(self) -> bool:
+        """Whether every stream updates BatchNorm's running statistics, or the full network's alone."""
+        return self.config.batch_norm == "all_streams"
+
+
+def make_streams(
+    subnets: Sequence[Subnet], stages: Sequence[Stage], config: GKTConfig, resolutions: Sequence[int] = ()
+) -> Streams:
+    """The streams of a step with these subnets, led by the full network's where it is trained.
+
+    Raises:
+        ValueError: a subnet doesn't fit the stages, or drops a block that can't be dropped.
+    """
+    dropped = tuple(subnet.dropped(stages) for subnet in subnets)
+    full = (frozenset(),) if config.train_full else ()
+    return Streams((*full, *dropped), config, tuple(resolutions))
