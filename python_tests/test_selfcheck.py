@@ -22,22 +22,13 @@ OPS = ("ghost_batch_norm", "group_knowledge_loss")
 
 
 @pytest.fixture(autouse=True)
-def without_interpreter(monkeypatch):
-    """Triton's interpreter would take most of the time; it has a test of its own. Restores the registry at the end."""
+def without_interpreter():
+    """Triton's interpreter would take most of the time; it has a test of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    kept = {key: value for key, value in registry._implementations.items() if key[1] != "triton"}
-    monkeypatch.setattr(registry, "_implementations", kept)
-    monkeypatch.setattr(registry, "_given_up", {})
-    _clear_caches()
-    yield
-    _clear_caches()
+    with registry.isolated(without="triton"):
+        yield
     torch.set_num_threads(threads)
-
-
-def _clear_caches() -> None:
-    registry._load.cache_clear()
-    registry._automatic.cache_clear()
 
 
 def plant(op: str, make, backend: str = "torch", of: str = "torch") -> registry.Implementation:
@@ -215,17 +206,12 @@ def test_triton_in_its_interpreter(monkeypatch):
 
 
 def _triton(op: str) -> registry.Implementation:
-    from gkt_fast.ops.ghost_batch_norm import backends as ghost_batch_norm_backends
-    from gkt_fast.ops.group_knowledge_loss import triton as group_knowledge_loss_triton
+    from gkt_fast.ops.ghost_batch_norm.triton import TritonBackend as TritonNorm
+    from gkt_fast.ops.group_knowledge_loss.triton import TritonBackend as TritonLoss
+    from gkt_fast.ops.triton import DEVICES
 
-    devices, load = {
-        "ghost_batch_norm": (ghost_batch_norm_backends._TRITON_DEVICES, ghost_batch_norm_backends._triton),
-        "group_knowledge_loss": (
-            group_knowledge_loss_triton.DEVICES,
-            group_knowledge_loss_triton.load_triton,
-        ),
-    }[op]
-    return registry.Implementation(op, "triton", devices, (torch.float32,), load)
+    load = {"ghost_batch_norm": TritonNorm, "group_knowledge_loss": TritonLoss}[op]
+    return registry.Implementation(op, "triton", DEVICES, (torch.float32,), load)
 
 
 @pytest.mark.parametrize("compiles", [True, False])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..network.block_order import BlockOrder
 from ..network.calls import logits_of, skip_block
 from ..network.interception import Site, intercept
-from ..ops import GroupKnowledge
-from .step import Network, StepResult, Streams, knowledge_options
+from ..ops import GroupKnowledge, LossOptions
+from .step import Network, StepResult, Streams
 
 __all__ = ["run_plain"]
 
@@ -33,7 +33,7 @@ def run_plain(
 
     with intercept(network.model, dropped, skip):
         logits = logits_of(network.model(*inputs))
-    ce = GroupKnowledge(**knowledge_options(streams.config)).cross_entropy(logits, targets)
+    ce = GroupKnowledge(options=LossOptions.from_config(streams.config)).cross_entropy(logits, targets)
     weight = streams.config.ce_weight
     return StepResult(ce if weight == 1.0 else weight * ce, ce.detach().reshape(1), logits.detach())
 

@@ -28,10 +28,10 @@ from ..network.block_order import BlockOrder
 from ..network.calls import SharedStateError, logits_of, run_watched
 from ..network.interception import Site, find_layers, intercept
 from ..network.noise import GeneratorWatch, silence
-from ..ops import group_knowledge_loss
+from ..ops import LossOptions, group_knowledge_loss
 from ..subnets.plan import Layer, Plan, make_plan
 from .partition import ghost, lead_and_kept
-from .step import Network, StepResult, Streams, loss_options
+from .step import Network, StepResult, Streams
 
 __all__ = ["StackingError", "reason_against_stacking", "run_stacked"]
 
@@ -96,7 +96,7 @@ def run_stacked(
         logits = stack.per_stream(logits_of(network.model(*inputs)))
     stack.order.end_stream()
     statistics.update()
-    loss, terms = group_knowledge_loss(logits, targets, **loss_options(streams.config))
+    loss, terms = group_knowledge_loss(logits, targets, options=LossOptions.from_config(streams.config))
     _watch_backward(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
 

@@ -12,7 +12,7 @@ from ..config import GKTConfig
 from ..network.interception import Site
 from ..subnets.plan import Layer
 
-__all__ = ["Execution", "Network", "StepResult", "Streams", "knowledge_options", "loss_options", "tensors_in"]
+__all__ = ["Execution", "Network", "StepResult", "Streams", "tensors_in"]
 
 
 @dataclass
@@ -74,30 +74,6 @@ class StepResult:
 
 Execution = Callable[[Network, tuple[Any, ...], Tensor, Streams, "float | Tensor | None"], StepResult]
 """A mode: (network, inputs of the model, targets, streams, loss scale) -> result."""
-
-
-def knowledge_options(config: GKTConfig) -> dict[str, Any]:
-    """The options of `GroupKnowledge` and `group_knowledge_loss` that both take."""
-    return {
-        "ema": config.ema,
-        "temperature": config.temperature,
-        "normalize_logits": config.normalize_logits,
-        "ignore_index": config.ignore_index,
-        "label_smoothing": config.label_smoothing,
-        "distill_ignored": config.distill_ignored,
-    }
-
-
-def loss_options(config: GKTConfig) -> dict[str, Any]:
-    """The options of `group_knowledge_loss`."""
-    return {
-        **knowledge_options(config),
-        "groups": config.groups,
-        "loops": config.loops,
-        "ce_weight": config.ce_weight,
-        "kd_weight": config.kd_weight,
-        "subnet_ce_weight": config.subnet_ce_weight,
-    }
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:
