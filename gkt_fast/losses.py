@@ -7,10 +7,12 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from .ops import LossOptions, group_knowledge_loss
+from .ops.group_knowledge_loss import lists_options
 
 __all__ = ["GroupKnowledgeLoss"]
 
 
+@lists_options
 class GroupKnowledgeLoss(nn.Module):
     """`group_knowledge_loss` with its options kept; the arguments have its names and defaults.
 

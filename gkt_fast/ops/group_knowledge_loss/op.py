@@ -17,7 +17,6 @@ prediction, so that B * prod(spatial) rows of C classes belong to each stream.
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import torch
@@ -30,9 +29,9 @@ from ..native import native_cuda_module, native_module
 from ..registry import Implementation, register, run
 from .checks import check_streams, check_tensors
 from .native import CppBackend, CudaBackend
-from .options import SCHEMA, LossOptions, loss_options
+from .options import SCHEMA, LossOptions, lists_options, loss_options
 from .problem import Problem, outputs
-from .reference import TorchBackend, group_knowledge_loss_reference
+from .reference import TorchBackend
 from .triton import DEVICES as TRITON_DEVICES
 from .triton import DTYPES as TRITON_DTYPES
 from .triton import TritonBackend
@@ -42,6 +41,7 @@ __all__ = ["group_knowledge_loss"]
 NAME = "group_knowledge_loss"
 
 
+@lists_options
 def group_knowledge_loss(
     logits: Tensor,
     targets: Tensor,
@@ -166,16 +166,3 @@ _op = library.define(
 )
 _NO_GRADIENTS = (None,) * (len(_op._schema.arguments) - 1)
 library.differentiate(_op, _Differentiated)
-
-
-def _show_fields(function) -> None:
-    """Lets `help()` and editors list the options where `**fields` stands."""
-    signature = inspect.signature(function)
-    *own, _ = signature.parameters.values()
-    listed = inspect.signature(LossOptions).parameters.values()
-    keywords = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in listed]
-    function.__signature__ = signature.replace(parameters=[*own, *keywords])
-
-
-for _function in (group_knowledge_loss, group_knowledge_loss_reference):
-    _show_fields(_function)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,7 +15,9 @@ from . import checks
 if TYPE_CHECKING:
     from ...config import GKTConfig
 
-__all__ = ["SCHEMA", "LossOptions", "loss_options"]
+__all__ = ["SCHEMA", "LossOptions", "lists_options", "loss_options"]
+
+Taker = TypeVar("Taker", bound=Callable[..., Any])
 
 
 def _option(default: Any, check: checks.Check) -> Any:
@@ -102,3 +106,13 @@ _cached = functools.lru_cache(maxsize=256, typed=True)(LossOptions)  # typed: Tr
 @functools.lru_cache(maxsize=256)
 def _unflattened(values: tuple[Any, ...]) -> LossOptions:
     return LossOptions(*values)
+
+
+def lists_options(taker: Taker) -> Taker:
+    """Lets `help()` and editors list the options of a function or class that takes them as `**fields`."""
+    signature = inspect.signature(taker)
+    *own, _ = signature.parameters.values()
+    options = inspect.signature(LossOptions).parameters.values()
+    keywords = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    taker.__signature__ = signature.replace(parameters=[*own, *keywords])
+    return taker

@@ -9,12 +9,13 @@ from torch import Tensor
 from ..dtypes import accumulation_dtype
 from ..library import differentiable
 from .checks import check_class_indices, check_streams, check_tensors
-from .options import LossOptions, loss_options
+from .options import LossOptions, lists_options, loss_options
 from .problem import Problem
 
 __all__ = ["GroupKnowledge", "TorchBackend", "group_knowledge_loss_reference"]
 
 
+@lists_options
 class GroupKnowledge:
     """The loss one stream at a time, in plain torch: the terms, and the knowledge that they leave behind.
 
@@ -97,6 +98,7 @@ class GroupKnowledge:
             self._knowledge[group] = self.options.ema * old + (1 - self.options.ema) * normalized
 
 
+@lists_options
 def group_knowledge_loss_reference(
     logits: Tensor,
     targets: Tensor,
