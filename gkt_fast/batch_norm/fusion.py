@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..ops.ghost_batch_norm.checks import DTYPES
+from ..ops.dtypes import FLOAT_DTYPES
 from .kinds import is_fusible_batch_norm, is_fusible_batch_norm_relu, is_hooked
 from .layer import run_batch_norm
 
@@ -131,7 +131,7 @@ class FusedBlock:
         form = self._form
         if (
             not isinstance(x, Tensor)  # torch.fx traces the block's own forward
-            or x.dtype not in DTYPES
+            or x.dtype not in FLOAT_DTYPES
             or x.device.type not in ("cpu", "cuda")
             or torch_module._has_any_global_hook()
             or _reason_against(self, form) is not None

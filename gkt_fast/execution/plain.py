@@ -11,9 +11,9 @@ from ..network.calls import logits_of
 from ..network.interception import Site, intercept
 from ..network.look import look
 from ..network.network import Network
-from ..ops import GroupKnowledge
+from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
-from .step import Mode, StepResult, knowledge_options
+from .step import Mode, StepResult
 
 __all__ = ["MODE", "run_plain"]
 
@@ -35,7 +35,7 @@ def run_plain(
 
     with intercept(network.model, dropped, skip):
         logits = logits_of(network.model(*inputs))
-    ce = GroupKnowledge(**knowledge_options(streams.config)).cross_entropy(logits, targets)
+    ce = GroupKnowledge(options=LossOptions.from_config(streams.config)).cross_entropy(logits, targets)
     weight = streams.config.ce_weight
     return StepResult(ce if weight == 1.0 else weight * ce, ce.detach().reshape(1), logits.detach())
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import GKTConfig
 from ..network.network import Network
 from ..subnets.streams import Streams
 
-__all__ = ["Execution", "Mode", "StepResult", "knowledge_options", "loss_options", "tensors_in"]
+__all__ = ["Execution", "Mode", "StepResult", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -66,30 +65,6 @@ class Mode:
         if refusal is not None:
             raise refusal
         return self.run(network, inputs, targets, streams, loss_scale)
-
-
-def knowledge_options(config: GKTConfig) -> dict[str, Any]:
-    """The options of `GroupKnowledge` and `group_knowledge_loss` that both take."""
-    return {
-        "ema": config.ema,
-        "temperature": config.temperature,
-        "normalize_logits": config.normalize_logits,
-        "ignore_index": config.ignore_index,
-        "label_smoothing": config.label_smoothing,
-        "distill_ignored": config.distill_ignored,
-    }
-
-
-def loss_options(config: GKTConfig) -> dict[str, Any]:
-    """The options of `group_knowledge_loss`."""
-    return {
-        **knowledge_options(config),
-        "groups": config.groups,
-        "loops": config.loops,
-        "ce_weight": config.ce_weight,
-        "kd_weight": config.kd_weight,
-        "subnet_ce_weight": config.subnet_ce_weight,
-    }
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import GroupKnowledge
+from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
-from .step import knowledge_options
 
 __all__ = ["StreamLoss"]
 
@@ -23,7 +22,7 @@ class StreamLoss:
     def __init__(self, streams: Streams, targets: Tensor) -> None:
         self.streams = streams
         self.targets = targets
-        self._knowledge = GroupKnowledge(**knowledge_options(streams.config))
+        self._knowledge = GroupKnowledge(options=LossOptions.from_config(streams.config))
         self._terms: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         self.full_logits: Tensor | None = None

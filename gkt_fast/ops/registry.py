@@ -11,24 +11,26 @@ the process lives, so that the cost of failing is paid once, and goes on with th
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = [
+    "Backend",
     "BackendError",
+    "BackendWithBackward",
     "Implementation",
     "explain",
     "find",
     "implementations",
+    "isolated",
     "reason_against",
     "register",
     "run",
@@ -47,6 +49,29 @@ class BackendError(RuntimeError):
     """The requested backend can't run this op here; the message says why."""
 
 
+class Backend(Protocol):
+    """What runs an op. The op allocates its results, with `outputs` of its `problem` module; the backend fills them."""
+
+    def forward(self, problem: Any, *tensors: Tensor | None) -> None:
+        """Fills the results.
+
+        Args:
+            problem: the op's `Problem`, everything that is not a tensor.
+            tensors: the inputs in the order of the op's schema, then the results in that order; None for one that is
+                not given or not wanted.
+
+        Raises:
+            BackendError, NotImplementedError: the backend doesn't work here after all.
+        """
+
+
+class BackendWithBackward(Backend, Protocol):
+    """What runs an op whose backward pass is a kernel too (`group_knowledge_loss` has its gradient from `forward`)."""
+
+    def backward(self, problem: Any, *tensors: Tensor | None) -> None:
+        """Fills the gradients; arguments as for `forward`, in the order of the schema of `<op>_backward`."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend of one op.
@@ -56,30 +81,64 @@ class Implementation:
         backend: name of the backend.
         devices: device types whose tensors it takes; empty: all.
         dtypes: dtypes that it takes.
-        load: returns the object that holds the op's functions (a module, or a namespace); raises `BackendError`
-            or ImportError where the backend can't be used.
+        load: makes the backend; raises `BackendError` or ImportError where it can't be used.
     """
 
     op: str
     backend: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    load: Callable[[], ModuleType | Any]
+    load: Callable[[], Backend]
 
 
-_implementations: dict[tuple[str, str], Implementation] = {}
-_given_up: dict[tuple[str, str, str, torch.dtype], str] = {}
-"""Why a backend failed when it ran, by (op, backend, device, dtype)."""
+@dataclass
+class _State:
+    """What is known of backends.
+
+    Args:
+        implementations: by op and backend.
+        given_up: why a backend failed when it ran, by op, backend, device and dtype.
+        loaded: the backends that were asked for, each with the reason why it can't be used.
+        automatic: the backend that an automatic choice takes, by op, device and dtype.
+    """
+
+    implementations: dict[tuple[str, str], Implementation] = field(default_factory=dict)
+    given_up: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)
+    loaded: dict[tuple[str, str], tuple[Backend | None, str | None]] = field(default_factory=dict)
+    automatic: dict[tuple[str, str, torch.dtype], str] = field(default_factory=dict)
+
+
+_state = _State()
 _requested: ContextVar[str | None] = ContextVar("gkt_fast_backend", default=None)
+
+
+@contextmanager
+def isolated(without: str | None = None) -> Iterator[None]:
+    """For tests: what the block registers, and which backends turn out not to work in it, is forgotten at its end.
+
+    It begins with every backend that is registered, none of them loaded or given up. It holds for all threads, as those
+    of autograd must see it too.
+
+    Args:
+        without: a backend that no op has inside the block.
+    """
+    global _state
+    kept = {place: found for place, found in _state.implementations.items() if place[1] != without}
+    outer, _state = _state, _State(kept)
+    try:
+        yield
+    finally:
+        _state = outer
 
 
 def register(implementation: Implementation) -> None:
     """Adds a backend of an op, or replaces it."""
-    _implementations[implementation.op, implementation.backend] = implementation
-    for key in [key for key in _given_up if key[:2] == (implementation.op, implementation.backend)]:
-        del _given_up[key]
-    _load.cache_clear()
-    _automatic.cache_clear()
+    place = implementation.op, implementation.backend
+    _state.implementations[place] = implementation
+    for key in [key for key in _state.given_up if key[:2] == place]:
+        del _state.given_up[key]
+    _state.loaded.pop(place, None)
+    _state.automatic.clear()
 
 
 def find(op: str, backend: str) -> Implementation:
@@ -89,14 +148,14 @@ def find(op: str, backend: str) -> Implementation:
         ValueError: the op has no such backend.
     """
     try:
-        return _implementations[op, backend]
+        return _state.implementations[op, backend]
     except KeyError:
         raise ValueError(f"op {op!r} has no backend {backend!r}") from None
 
 
 def implementations() -> list[Implementation]:
     """Every backend of every op, in the order of their names."""
-    return [implementation for _, implementation in sorted(_implementations.items())]
+    return [implementation for _, implementation in sorted(_state.implementations.items())]
 
 
 @contextmanager
@@ -106,7 +165,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: no op has a backend of that name.
     """
-    _check_name(backend, "backend")
+    if backend is not None:
+        _check_name(backend, "backend")
     token = _requested.set(backend)
     try:
         yield
@@ -117,12 +177,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def requested_backend() -> str | None:
     """The backend asked for by `use_backend` or GKT_BACKEND; None when the choice is automatic."""
     requested = _requested.get() or os.environ.get("GKT_BACKEND") or None
-    _check_name(requested, "GKT_BACKEND")
+    if requested is not None:
+        _check_name(requested, "GKT_BACKEND")
     return requested
 
 
-def select(op: str, device: str, dtype: torch.dtype) -> Any:
-    """The functions of the backend that runs `op` for tensors of this device type and dtype.
+def select(op: str, device: str, dtype: torch.dtype) -> Backend:
+    """The backend that runs `op` for tensors of this device type and dtype.
 
     Raises:
         BackendError: the explicitly requested backend can't, with the reason.
@@ -131,9 +192,9 @@ def select(op: str, device: str, dtype: torch.dtype) -> Any:
 
 
 def run(op: str, device: str, dtype: torch.dtype, call: Callable[[Any], Result]) -> Result:
-    """`call` with the functions of the backend that runs `op`, as `select` gives them.
+    """`call` with the backend that runs `op`, as `select` gives it.
 
-    Where they raise `BackendError`, or NotImplementedError (native kernels that don't fit the GPU or its driver), the
+    Where that raises `BackendError`, or NotImplementedError (native kernels that don't fit the GPU or its driver), the
     backend is given up and the next one is called.
 
     Raises:
@@ -164,22 +225,29 @@ def _status(implementation: Implementation) -> str:
     op, backend = implementation.op, implementation.backend
     failures = [
         f"failed for {dtype} on {device}: {reason}"
-        for (*failed, device, dtype), reason in _given_up.items()
+        for (*failed, device, dtype), reason in _state.given_up.items()
         if (op, backend) == tuple(failed)
     ]
     return _load(op, backend)[1] or "; ".join(failures) or "ok"
 
 
-def _check_name(backend: str | None, argument: str) -> None:
-    names = sorted({backend for _, backend in _implementations})
-    if backend is not None and backend not in names:
+def _check_name(backend: str, argument: str) -> None:
+    names = sorted({backend for _, backend in _state.implementations})
+    if backend not in names:
         raise ValueError(f"{argument} is {backend!r}; it must be one of {', '.join(names)}")
 
 
-@functools.cache
 def _load(op: str, backend: str) -> tuple[Any, str | None]:
+    """The backend, or None and the reason why it can't be used; asked once."""
+    place = op, backend
+    if place not in _state.loaded:
+        _state.loaded[place] = _try_to_load(_state.implementations[place])
+    return _state.loaded[place]
+
+
+def _try_to_load(implementation: Implementation) -> tuple[Backend | None, str | None]:
     try:
-        return _implementations[op, backend].load(), None
+        return implementation.load(), None
     except (BackendError, ImportError) as error:
         return None, str(error)
     except Exception as error:  # whatever a broken installation of a compiler raises
@@ -188,14 +256,14 @@ def _load(op: str, backend: str) -> tuple[Any, str | None]:
 
 def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend can't run `op` for tensors of this device type and dtype; None when nothing speaks against it."""
-    implementation = _implementations.get((op, backend))
+    implementation = _state.implementations.get((op, backend))
     if implementation is None:
         return "the op has no such backend"
     if implementation.devices and device not in implementation.devices:
         return f"it takes tensors on {' or '.join(implementation.devices)}"
     if dtype not in implementation.dtypes:
         return f"it takes {', '.join(str(d) for d in implementation.dtypes)}"
-    return _load(op, backend)[1] or _given_up.get((op, backend, device, dtype))
+    return _load(op, backend)[1] or _state.given_up.get((op, backend, device, dtype))
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> str:
@@ -209,16 +277,23 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def _give_up(op: str, backend: str, device: str, dtype: torch.dtype, reason: str) -> None:
-    _given_up[op, backend, device, dtype] = reason
-    _automatic.cache_clear()
+    _state.given_up[op, backend, device, dtype] = reason
+    _state.automatic.clear()
     if requested_backend() is None:
         logger.warning(
             "%s on %s %s no longer runs on %r, which failed: %s", op, device, dtype, backend, reason
         )
 
 
-@functools.cache
 def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
+    """The first backend that nothing speaks against; chosen once."""
+    place = op, device, dtype
+    if place not in _state.automatic:
+        _state.automatic[place] = _first_possible(op, device, dtype)
+    return _state.automatic[place]
+
+
+def _first_possible(op: str, device: str, dtype: torch.dtype) -> str:
     rejected = []
     for backend in ORDER.get(device, ("torch",)):
         reason = reason_against(op, backend, device, dtype)

@@ -8,37 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LOSS_DEFAULTS", "ghost_batch_norm", "group_knowledge_loss"]
+from ..ops import LossOptions
 
-LOSS_DEFAULTS = {
-    "ema": 0.5,
-    "temperature": 1.0,
-    "normalize_logits": False,
-    "eps": 1e-7,
-    "ce_weight": 1.0,
-    "kd_weight": 1.0,
-    "subnet_ce_weight": 0.0,
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "distill_ignored": True,
-}
+__all__ = ["ghost_batch_norm", "group_knowledge_loss"]
 
 
 def group_knowledge_loss(
-    logits: Tensor, targets: Tensor, groups: int, **options: object
+    logits: Tensor, targets: Tensor, groups: int, **options: int | float | bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and terms of the streams' logits (S, B, C, *spatial)."""
-    o = LOSS_DEFAULTS | options
+    o = LossOptions(groups=groups, **options)
     z = _rows(logits, 2)  # (S, rows, C)
     streams, rows, classes = z.shape
     if targets.is_floating_point():
         wanted = _rows(targets, 1)
         counted = torch.ones(rows, dtype=torch.bool, device=z.device)
     else:
-        counted = targets.reshape(-1) != o["ignore_index"]
+        counted = targets.reshape(-1) != o.ignore_index
         wanted = torch.eye(classes, dtype=z.dtype, device=z.device)[targets.reshape(-1).where(counted, 0)]
-    wanted = (1 - o["label_smoothing"]) * wanted + o["label_smoothing"] / classes
-    distilled = torch.ones_like(counted) if o["distill_ignored"] else counted
+    wanted = (1 - o.label_smoothing) * wanted + o.label_smoothing / classes
+    distilled = torch.ones_like(counted) if o.distill_ignored else counted
 
     def log_softmax(x: Tensor) -> Tensor:
         return x - x.logsumexp(1, keepdim=True)
@@ -47,24 +36,24 @@ def group_knowledge_loss(
         return -(wanted * log_softmax(x)).sum(1)[counted].sum() / counted.sum()
 
     def normalized(x: Tensor) -> Tensor:
-        if not o["normalize_logits"]:
+        if not o.normalize_logits:
             return x
         deviation = x - x.mean(1, keepdim=True)
-        return deviation / (deviation.square().mean(1, keepdim=True) + o["eps"]).sqrt()
+        return deviation / (deviation.square().mean(1, keepdim=True) + o.eps).sqrt()
 
     knowledge = {0: normalized(z[0]).detach()}
     terms = [cross_entropy(z[0])]
-    loss = o["ce_weight"] * terms[0]
+    loss = o.ce_weight * terms[0]
     for stream in range(1, streams):
         group = (stream - 1) % groups + 1
         n = normalized(z[stream])
-        log_p = log_softmax(knowledge[group - 1] / o["temperature"])
-        log_q = log_softmax(n / o["temperature"])
+        log_p = log_softmax(knowledge[group - 1] / o.temperature)
+        log_q = log_softmax(n / o.temperature)
         divergence = (log_p.exp() * (log_p - log_q)).sum(1)[distilled].sum() / distilled.sum()
-        terms.append(o["temperature"] ** 2 * divergence)
-        loss = loss + o["kd_weight"] * terms[-1] + o["subnet_ce_weight"] * cross_entropy(z[stream])
+        terms.append(o.temperature**2 * divergence)
+        loss = loss + o.kd_weight * terms[-1] + o.subnet_ce_weight * cross_entropy(z[stream])
         old, new = knowledge.get(group), n.detach()
-        knowledge[group] = new if old is None else o["ema"] * old + (1 - o["ema"]) * new
+        knowledge[group] = new if old is None else o.ema * old + (1 - o.ema) * new
     return loss, torch.stack(terms).detach()
 
 

@@ -82,13 +82,14 @@ def test_env_prints_versions_build_flags_and_backends(run):
         assert f"{row['op']} {row['backend']} {row['devices']} {row['status']}" in lines
 
 
-def test_env_gives_the_reason_against_a_backend(run, monkeypatch):
+def test_env_gives_the_reason_against_a_backend(run):
     def load():
         raise BackendError("it needs a machine that is not here")
 
     probe = registry.Implementation("probe", "nowhere", ("cpu",), (torch.float32,), load)
-    monkeypatch.setitem(registry._implementations, ("probe", "nowhere"), probe)
-    _, out, _ = run("env")
+    with registry.isolated():
+        registry.register(probe)
+        _, out, _ = run("env")
     assert "probe nowhere cpu it needs a machine that is not here" in " ".join(out.split())
 
 

@@ -27,8 +27,8 @@ import torch
 from gkt_fast import ghost_batch_norm, group_knowledge_loss, use_backend
 from gkt_fast.instruments.machine_code import shorten
 from gkt_fast.instruments.tables import print_table, write_csv
-from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
-from gkt_fast.ops.group_knowledge_loss.native import load_cuda
+from gkt_fast.ops.ghost_batch_norm.native import CudaBackend as CudaNorm
+from gkt_fast.ops.group_knowledge_loss.native import CudaBackend as CudaLoss
 
 from . import build
 
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def count(provider: str) -> list[dict[str, object]]:
     """A row per op, layout, dtype and kernel."""
-    build.register("group_knowledge_loss", load_cuda)
-    build.register("ghost_batch_norm", CudaBackend)
+    build.register("group_knowledge_loss", CudaLoss)
+    build.register("ghost_batch_norm", CudaNorm)
     counter = count_cuda if provider == "cuda" else count_triton
     rows = []
     for op, layout, name, elements, step in steps():

@@ -1,4 +1,4 @@
-"""ghost_batch_norm written again for its tests: one ghost batch after another, in float64, by basic operations."""
+"""What the tests of ghost_batch_norm compare with: selfcheck's formula in float64; and inputs for them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,11 @@ import torch
 from cuda_host import build
 from torch import Tensor
 
-from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend
+from gkt_fast.ops.ghost_batch_norm.native import CudaBackend
+from gkt_fast.selfcheck.formulas import ghost_batch_norm as formula
 from helpers.backends import running_on, unavailable
 
 BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
-
-
-def formula(x, weight, bias, ghosts, residual=None, keep=None, relu=True, eps=1e-5, running=None):
-    """y, mean, var and z (before the activation) of float64 tensors."""
-    rows = x.shape[0] // ghosts
-    over = [0, *range(2, x.dim())]
-    wide = (1, -1, *[1] * (x.dim() - 2))
-    ys, means, variances, zs = [], [], [], []
-    for g in range(ghosts):
-        part = x[g * rows : (g + 1) * rows]
-        n = part.numel() / part.shape[1]
-        mean = part.sum(over) / n if running is None else running[0]
-        centered = part - mean.reshape(wide)
-        var = (centered * centered).sum(over) / n if running is None else running[1]
-        z = centered / (var.reshape(wide) + eps) ** 0.5
-        z = z if weight is None else z * weight.reshape(wide)
-        z = z if bias is None else z + bias.reshape(wide)
-        if residual is not None:
-            z = z + residual[g * rows : (g + 1) * rows]
-        y = z * (z > 0) if relu else z
-        if keep is not None and not keep[g]:
-            y = residual[g * rows : (g + 1) * rows]
-        ys.append(y), means.append(mean), variances.append(var), zs.append(z)
-    return torch.cat(ys), torch.stack(means), torch.stack(variances), torch.cat(zs)
 
 
 def relative_norm(actual: Tensor, expected: Tensor) -> float:

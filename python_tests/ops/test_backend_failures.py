@@ -22,22 +22,18 @@ from helpers.ghost_batch_norm_formula import make
 from gkt_fast import GKT, GKTConfig, ghost_batch_norm, group_knowledge_loss, use_backend
 from gkt_fast.models import cifar_resnet
 from gkt_fast.ops import BackendError, explain, native, registry
-from gkt_fast.ops.ghost_batch_norm.backends import CudaBackend, TorchBackend
-from gkt_fast.ops.triton_failures import reporting_failures
+from gkt_fast.ops.ghost_batch_norm.native import CudaBackend
+from gkt_fast.ops.ghost_batch_norm.reference import TorchBackend
+from gkt_fast.ops.triton import reporting_failures
 
 OPS = ("ghost_batch_norm", "group_knowledge_loss")
 INSUFFICIENT_DRIVER, NO_KERNEL_IMAGE, UNSUPPORTED_PTX, ILLEGAL_ADDRESS = 35, 209, 222, 700
 
 
 @pytest.fixture(autouse=True)
-def restored_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
-    monkeypatch.setattr(registry, "_given_up", {})
-    registry._load.cache_clear()
-    registry._automatic.cache_clear()
-    yield
-    registry._load.cache_clear()
-    registry._automatic.cache_clear()
+def private_registry():
+    with registry.isolated():
+        yield
 
 
 class Failing:

@@ -317,8 +317,13 @@ def test_bindings_load_beside_the_native_ones():
     assert module.build_info()["cuda"] == "host"
 
 
-def test_register_adds_the_backend(monkeypatch):
-    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
+@pytest.fixture
+def private_registry():
+    with registry.isolated():
+        yield
+
+
+def test_register_adds_the_backend(private_registry):
     registry.register(
         registry.Implementation(
             "doubled", "cuda", ("cuda",), (torch.float32,), lambda: pytest.fail("not asked")
@@ -327,8 +332,6 @@ def test_register_adds_the_backend(monkeypatch):
     build.register("doubled", lambda module: types.SimpleNamespace(native=module))
     with use_backend("cuda-host"):
         assert registry.select("doubled", "cpu", torch.float32).native is build.native_module()
-    registry._load.cache_clear()
-    registry._automatic.cache_clear()
 
 
 def test_traffic_is_counted(reductions):

@@ -15,7 +15,7 @@ from helpers.ghost_batch_norm_formula import (
 )
 
 from gkt_fast import ghost_batch_norm
-from gkt_fast.ops.ghost_batch_norm.op import ghost_batch_norm_reference
+from gkt_fast.ops import ghost_batch_norm_reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 SHAPES = [(6, 5, 3, 5), (4, 16, 4, 4), (24, 70), (12, 3, 1, 1), (6, 35, 7), (2, 1, 3, 3), (4, 33, 2, 3, 5)]

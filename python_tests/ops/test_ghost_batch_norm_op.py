@@ -14,8 +14,7 @@ from helpers.ghost_batch_norm_formula import BACKENDS, make, on_backend
 from helpers.processes import environment
 
 from gkt_fast import ghost_batch_norm, use_backend
-from gkt_fast.ops import native
-from gkt_fast.ops.ghost_batch_norm.op import ghost_batch_norm_reference
+from gkt_fast.ops import ghost_batch_norm_reference, native
 
 
 @pytest.fixture(params=BACKENDS)

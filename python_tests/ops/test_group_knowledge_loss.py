@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gkt_fast import group_knowledge_loss
 from gkt_fast.ops import GroupKnowledge, registry
-from gkt_fast.ops.group_knowledge_loss.native import load_cuda
+from gkt_fast.ops.group_knowledge_loss.native import CudaBackend
 
 BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 LOW_PRECISION = [torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ def backend(request):
     if request.param == "cuda-host":
         if reason := build.missing_tools():
             unavailable("cuda-host", reason)
-        build.register("group_knowledge_loss", load_cuda)
+        build.register("group_knowledge_loss", CudaBackend)
     with running_on("group_knowledge_loss", request.param):
         yield request.param
 

@@ -12,11 +12,10 @@ import sys
 import pytest
 import torch
 from helpers.backends import running_on
-from helpers.group_knowledge_loss_formula import DEFAULTS
 
 import gkt_fast.ops.group_knowledge_loss.op  # noqa: F401  registers the op
 from gkt_fast import GroupKnowledgeLoss, group_knowledge_loss, use_backend
-from gkt_fast.ops import GroupKnowledge, group_knowledge_loss_reference, registry
+from gkt_fast.ops import GroupKnowledge, LossOptions, group_knowledge_loss_reference, registry
 
 OP = torch.ops.gkt_fast.group_knowledge_loss.default
 
@@ -35,7 +34,7 @@ def backend(request):
 
 
 def op_arguments(logits, targets, with_gradient=True, **options):
-    return (logits, targets, 3, *(DEFAULTS | options).values(), with_gradient, 1.0)
+    return (logits, targets, *LossOptions(**options).flatten(), with_gradient, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

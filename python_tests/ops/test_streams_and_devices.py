@@ -20,15 +20,14 @@ from helpers.backends import unavailable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkt_fast import group_knowledge_loss, use_backend
-from gkt_fast.ops import native
-from gkt_fast.ops.ghost_batch_norm import backends as ghost_batch_norm_backends
-from gkt_fast.ops.group_knowledge_loss.native import load_cuda
-from gkt_fast.ops.group_knowledge_loss.triton import load_triton
+from gkt_fast.ops import LossOptions, native
+from gkt_fast.ops.ghost_batch_norm.native import CudaBackend as CudaNorm
+from gkt_fast.ops.ghost_batch_norm.problem import describe, mask_size
+from gkt_fast.ops.group_knowledge_loss.native import CudaBackend as CudaLoss
+from gkt_fast.ops.group_knowledge_loss.problem import Problem, outputs
+from gkt_fast.ops.group_knowledge_loss.triton import TritonBackend as TritonLoss
 
 DEVICE, CALLERS_DEVICE = 1, 0
-# groups, ema, temperature, normalize_logits, eps, ce_weight, kd_weight, subnet_ce_weight, ignore_index,
-# label_smoothing, distill_ignored, with_gradient, gradient_scale
-OPTIONS = (3, 0.5, 1.0, False, 1e-7, 1.0, 1.0, 0.0, -100, 0.0, True, True, 1.0)
 
 
 class OnGpu(torch.Tensor):
@@ -101,14 +100,15 @@ def no_waiting():
 
 def loss_inputs():
     logits = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
-    return on_gpu(logits), on_gpu(torch.arange(6))
+    logits, targets = on_gpu(logits), on_gpu(torch.arange(6))
+    return Problem(LossOptions(), 1.0), logits, targets, *outputs(logits, with_gradient=True)
 
 
 def norm_inputs(relu=True):
     x = on_gpu(torch.randn(4, 16, 3, 3).contiguous(memory_format=torch.channels_last))
-    problem = ghost_batch_norm_backends.describe(x, True, 2, relu, 1e-5, False)
+    problem = describe(x, True, 2, relu, 1e-5, False)
     y, statistics = torch.empty_like(x), x.new_empty(3, 2, 16)
-    mask = x.new_empty(ghost_batch_norm_backends.mask_size(x.shape, True), dtype=torch.uint8)
+    mask = x.new_empty(mask_size(x.shape, True), dtype=torch.uint8)
     weight, bias = x.new_ones(16), x.new_zeros(16)
     gradients = torch.empty_like(x), torch.empty_like(x), x.new_empty(16), x.new_empty(16)
     forward = problem, x, x, weight, bias, None, y, statistics, mask
@@ -147,14 +147,15 @@ def test_cuda_loss(driver):
         max_partials=8,
         group_knowledge_loss_cuda=kernel,
     )
-    forward = load_cuda(module)
+    backend = CudaLoss(module)
     for handle in (0x2000, 0x3000):  # another stream becomes current, as inside torch.cuda.stream(...)
         driver.streams[DEVICE] = handle
         with no_waiting():
-            results = forward(*loss_inputs(), *OPTIONS)
+            problem, *tensors = loss_inputs()
+            backend.forward(problem, *tensors)
         assert driver.launches.pop() == ("loss", DEVICE, handle)
         assert driver.device == CALLERS_DEVICE
-        assert all(result.device == OnGpu.device for result in results)
+        assert all(tensor.device == OnGpu.device for tensor in tensors)
     assert all(address % 8 == 0 and address for address in recorded)
 
 
@@ -169,7 +170,7 @@ def test_triton_loss(driver, monkeypatch):
 
     monkeypatch.setattr(kernels, "group_knowledge_loss_kernel", Launcher(launch))
     with no_waiting():
-        load_triton()(*loss_inputs(), *OPTIONS)
+        TritonLoss().forward(*loss_inputs())
     assert driver.launches == [("loss", DEVICE, None)]
     assert driver.device == CALLERS_DEVICE
 
@@ -200,7 +201,7 @@ def test_cuda_norm(driver):
         ghost_batch_norm_bwd_cuda=kernel("backward"),
         ghost_batch_norm_workspace_cuda=lambda shape: 100,
     )
-    backend = ghost_batch_norm_backends.CudaBackend(module)
+    backend = CudaNorm(module)
     forward, backward = norm_inputs()
     driver.streams[DEVICE] = 0x3000
     with no_waiting():
@@ -242,7 +243,7 @@ def test_the_launches_of_a_repeated_step_are_the_same(driver):
         ghost_batch_norm_bwd_cuda=None,
         ghost_batch_norm_workspace_cuda=lambda shape: 100,
     )
-    backend = ghost_batch_norm_backends.CudaBackend(module)
+    backend = CudaNorm(module)
     forward, _ = norm_inputs()
     for scale in (1.0, float("nan")):
         forward[1].mul_(scale)
@@ -255,7 +256,7 @@ def test_more_classes_than_the_cuda_loss_can_count():
     """All classes are one number in memory, which the kernel is never launched to read."""
     if reason := build.missing_tools():
         unavailable("cuda-host", reason)
-    build.register("group_knowledge_loss", load_cuda)
+    build.register("group_knowledge_loss", CudaLoss)
     logits = torch.zeros(1).expand(1, 1, 2**30 + 1)
     with use_backend("cuda-host"), pytest.raises(ValueError, match=r"1073741825 classes.*at most 2\^30"):
         group_knowledge_loss(logits, torch.zeros(1, dtype=torch.int64), groups=0)

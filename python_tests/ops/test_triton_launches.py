@@ -53,9 +53,11 @@ def _catch_launches(launches: set[tuple]) -> None:
 
 
 def _run_losses() -> None:
-    from gkt_fast.ops.group_knowledge_loss.triton import load_triton
+    from gkt_fast.ops import LossOptions
+    from gkt_fast.ops.group_knowledge_loss.problem import Problem, outputs
+    from gkt_fast.ops.group_knowledge_loss.triton import TritonBackend
 
-    forward = load_triton()
+    backend = TritonBackend()
     for dtype, classes, groups, loops, probabilities, gradient in itertools.product(
         DTYPES[:3], (21, 32, 64, 101, 1000, 1001, 2048, 4097), (0, 2), (1, 2), (False, True), (False, True)
     ):
@@ -69,14 +71,15 @@ def _run_losses() -> None:
             ):
                 targets = torch.zeros(shape[1:] if probabilities else (3, *spatial), dtype=torch.int64)
                 targets = targets.float() if probabilities else targets
-                options = (groups, 0.5, 1.0, False, 1e-7, 1.0, 1.0, 0.0, -100, 0.0, True, gradient, 1.0)
-                forward(logits, targets, *options)
+                problem = Problem(LossOptions(groups=groups, loops=loops), 1.0)
+                loss, terms, written = outputs(logits, gradient)
+                backend.forward(problem, logits, targets, loss, terms, written if gradient else None)
 
 
 def _run_norms() -> None:
     from gkt_fast.kernels.triton import ghost_batch_norm as kernels
 
-    from gkt_fast.ops.ghost_batch_norm import backends as backends
+    from gkt_fast.ops.ghost_batch_norm.problem import describe, mask_size
 
     for dtype, shape, channels_last, relu, with_residual, running in itertools.product(
         DTYPES,
@@ -88,12 +91,12 @@ def _run_norms() -> None:
     ):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
-        problem = backends.describe(x, channels_last, 2, relu, 1e-5, running)
+        problem = describe(x, channels_last, 2, relu, 1e-5, running)
         accumulated = torch.float64 if dtype == torch.float64 else torch.float32
         statistics = torch.zeros(3, 2, shape[1], dtype=accumulated)
         weight = torch.ones(shape[1], dtype=accumulated) if running else None
         keep = torch.ones(2, dtype=torch.bool) if with_residual and running else None
-        mask = torch.zeros(backends.mask_size(shape, channels_last) if relu else 0, dtype=torch.uint8)
+        mask = torch.zeros(mask_size(shape, channels_last) if relu else 0, dtype=torch.uint8)
         residual = torch.zeros_like(x) if with_residual else None
         kernels.forward(problem, x, residual, weight, weight, keep, torch.empty_like(x), statistics, mask)
         grad_residual = torch.zeros_like(x) if with_residual and relu else None

@@ -22,22 +22,13 @@ OPS = ("ghost_batch_norm", "group_knowledge_loss")
 
 
 @pytest.fixture(autouse=True)
-def without_interpreter(monkeypatch):
-    """Triton's interpreter would take most of the time; it has a test of its own. Restores the registry at the end."""
+def without_interpreter():
+    """Triton's interpreter would take most of the time; it has a test of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    kept = {key: value for key, value in registry._implementations.items() if key[1] != "triton"}
-    monkeypatch.setattr(registry, "_implementations", kept)
-    monkeypatch.setattr(registry, "_given_up", {})
-    _clear_caches()
-    yield
-    _clear_caches()
+    with registry.isolated(without="triton"):
+        yield
     torch.set_num_threads(threads)
-
-
-def _clear_caches() -> None:
-    registry._load.cache_clear()
-    registry._automatic.cache_clear()
 
 
 def plant(op: str, make, backend: str = "torch", of: str = "torch") -> registry.Implementation:
@@ -98,23 +89,27 @@ def test_a_wrong_backend_fails_with_exit_code_1(capsys, tmp_path):
 
 
 def loss_without_grad_output(working):
-    def forward(logits, targets, groups, *options):
-        loss, terms, gradient = working(logits, targets, groups, *options)
-        return loss, terms, gradient / op_checks.GRAD_OUTPUT
+    def forward(problem, logits, targets, loss, terms, gradient):
+        working.forward(problem, logits, targets, loss, terms, gradient)
+        gradient /= op_checks.GRAD_OUTPUT
 
-    return forward
+    return types.SimpleNamespace(forward=forward)
 
 
 def loss_of_contiguous(working):
-    def forward(logits, targets, groups, *options):
+    def forward(problem, logits, *tensors):
         wrong = logits.as_strided(logits.shape, torch.empty(logits.shape).stride())
-        return working(wrong.nan_to_num(), targets, groups, *options)
+        working.forward(problem, wrong.nan_to_num(), *tensors)
 
-    return forward
+    return types.SimpleNamespace(forward=forward)
 
 
 def loss_without_ema(working):
-    return lambda logits, targets, groups, ema, *options: working(logits, targets, groups, 1.0, *options)
+    def forward(problem, *tensors):
+        options = dataclasses.replace(problem.options, ema=1.0)
+        working.forward(problem._replace(options=options), *tensors)
+
+    return types.SimpleNamespace(forward=forward)
 
 
 def norm_of_one_ghost(working):
@@ -157,7 +152,7 @@ def test_a_crash_is_a_failed_check(op):
         def crash(*arguments):
             raise ZeroDivisionError("planted")
 
-        return types.SimpleNamespace(forward=crash) if op == "ghost_batch_norm" else crash
+        return types.SimpleNamespace(forward=crash)
 
     planted = plant(op, make, backend="cpp")
     checks = list(check_op(planted, CPU))
@@ -170,7 +165,7 @@ def test_a_backend_that_turns_out_not_to_work_is_listed_with_the_reason(monkeypa
         def fail(*arguments):
             raise BackendError("no compiler")
 
-        return fail
+        return types.SimpleNamespace(forward=fail)
 
     plant("group_knowledge_loss", make, backend="cpp")
     monkeypatch.setattr("gkt_fast.selfcheck.check_step", lambda *arguments: [])
@@ -215,17 +210,12 @@ def test_triton_in_its_interpreter(monkeypatch):
 
 
 def _triton(op: str) -> registry.Implementation:
-    from gkt_fast.ops.ghost_batch_norm import backends as ghost_batch_norm_backends
-    from gkt_fast.ops.group_knowledge_loss import triton as group_knowledge_loss_triton
+    from gkt_fast.ops.ghost_batch_norm.triton import TritonBackend as TritonNorm
+    from gkt_fast.ops.group_knowledge_loss.triton import TritonBackend as TritonLoss
+    from gkt_fast.ops.triton import DEVICES
 
-    devices, load = {
-        "ghost_batch_norm": (ghost_batch_norm_backends._TRITON_DEVICES, ghost_batch_norm_backends._triton),
-        "group_knowledge_loss": (
-            group_knowledge_loss_triton.DEVICES,
-            group_knowledge_loss_triton.load_triton,
-        ),
-    }[op]
-    return registry.Implementation(op, "triton", devices, (torch.float32,), load)
+    load = {"ghost_batch_norm": TritonNorm, "group_knowledge_loss": TritonLoss}[op]
+    return registry.Implementation(op, "triton", DEVICES, (torch.float32,), load)
 
 
 @pytest.mark.parametrize("compiles", [True, False])
@@ -260,7 +250,7 @@ def test_a_backend_that_fails_while_it_is_measured_has_a_note(monkeypatch):
         def fail(*arguments):
             raise torch.OutOfMemoryError("planted")
 
-        return fail
+        return types.SimpleNamespace(forward=fail)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(timing, "MEASURED_SECONDS", 1e-3)

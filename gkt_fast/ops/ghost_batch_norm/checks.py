@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "check_arguments", "statistics_dtype"]
+from ..dtypes import FLOAT_DTYPES, accumulation_dtype
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = ["check_arguments"]
+
 ACTIVATIONS = ("relu", "identity")
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of mean, var and the arithmetic: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_arguments(
@@ -28,8 +24,8 @@ def check_arguments(
     running_mean: Tensor | None,
     running_var: Tensor | None,
 ) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-        raise TypeError(f"x is {_kind(x)}; it must be a tensor of {', '.join(map(str, DTYPES))}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x is {_kind(x)}; it must be a tensor of {', '.join(map(str, FLOAT_DTYPES))}")
     if x.dim() < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (ghosts*B, C, *spatial)")
     if isinstance(ghosts, bool) or not isinstance(ghosts, (int, torch.SymInt)):
@@ -47,7 +43,7 @@ def check_arguments(
         ("running_var", running_var),
     ):
         if vector is not None:
-            _check_tensor(name, vector, (x.shape[1],), (x.dtype, statistics_dtype(x.dtype)), x.device)
+            _check_tensor(name, vector, (x.shape[1],), (x.dtype, accumulation_dtype(x.dtype)), x.device)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if residual is not None:

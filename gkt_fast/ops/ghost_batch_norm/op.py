@@ -14,53 +14,25 @@ mean, var (m, C); keep (m,).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from ..registry import run
-from . import backends as backends
-from .checks import check_arguments, statistics_dtype
+from .. import library
+from ..dtypes import FLOAT_DTYPES, accumulation_dtype
+from ..native import native_cuda_module, native_module
+from ..registry import Implementation, register, run
+from .checks import check_arguments
+from .native import CppBackend, CudaBackend
+from .problem import describe, gradient_outputs, outputs, readable, readable_as
+from .reference import TorchBackend
+from .triton import DEVICES as TRITON_DEVICES
+from .triton import DTYPES as TRITON_DTYPES
+from .triton import TritonBackend
 
-__all__ = ["ghost_batch_norm", "ghost_batch_norm_reference"]
+__all__ = ["ghost_batch_norm"]
 
-
-def ghost_batch_norm_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    ghosts: int,
-    residual: Tensor | None = None,
-    keep: Tensor | None = None,
-    activation: str = "relu",
-    eps: float = 1e-5,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in plain torch, differentiable by autograd as often as wanted; arguments of `ghost_batch_norm`."""
-    dtype = statistics_dtype(x.dtype)
-    by_ghost = (ghosts, x.shape[0] // ghosts, *x.shape[1:])  # (m, B, C, *spatial)
-    per_channel = (ghosts, 1, -1, *[1] * (x.dim() - 2))
-    values = x.to(dtype).reshape(by_ghost)
-    if running_mean is not None:
-        mean, var = (r.to(dtype).expand(ghosts, -1) for r in (running_mean, running_var))
-    elif x.numel() == 0:
-        mean = var = values.new_zeros(ghosts, x.shape[1])
-    else:
-        var, mean = torch.var_mean(values, (1, *range(3, values.dim())), correction=0)
-    z = (values - mean.reshape(per_channel)) * torch.rsqrt(var + eps).reshape(per_channel)
-    if weight is not None:
-        z = z * weight.to(dtype).reshape(1, *per_channel[1:])
-    if bias is not None:
-        z = z + bias.to(dtype).reshape(1, *per_channel[1:])
-    if residual is not None:
-        z = z + residual.to(dtype).reshape(by_ghost)
-    y = torch.relu(z) if activation == "relu" else z
-    if keep is not None:
-        y = torch.where(keep.reshape(ghosts, *[1] * (y.dim() - 1)), y, residual.to(dtype).reshape(by_ghost))
-    return y.reshape(x.shape).to(x.dtype), mean.detach().clone(), var.detach().clone()
+NAME = "ghost_batch_norm"
 
 
 def ghost_batch_norm(
@@ -103,9 +75,10 @@ def ghost_batch_norm(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, or value is wrong, or in training a channel of a ghost batch has one value only.
+        RuntimeError: its gradient is differentiated; that of `ghost_batch_norm_reference` can be.
     """
     check_arguments(x, weight, bias, ghosts, residual, keep, activation, eps, running_mean, running_var)
-    dtype = statistics_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     if x.dtype != dtype:
         weight, bias, running_mean, running_var = (
             None if vector is None else vector.to(dtype)
@@ -117,31 +90,9 @@ def ghost_batch_norm(
     return y, statistics[0], statistics[2]
 
 
-# The op's statistics are (3, m, C): mean, what rounding took from the mean, variance. The mask has one bit per
-# element of y, 1 where the ReLU passes the gradient (layout: csrc/gkt_abi.h); it is empty without ReLU.
-_library = torch.library.Library("gkt_fast", "FRAGMENT")
-_library.define(
-    "ghost_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? keep, "
-    "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps) "
-    "-> (Tensor y, Tensor statistics, Tensor mask)"
-)
-_library.define(
-    "ghost_batch_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor statistics, Tensor mask, "
-    "Tensor? keep, int ghosts, bool relu, float eps, bool use_running, bool residual) "
-    "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
-)
-
-
-def _outputs(x: Tensor, channels_last: bool, ghosts: int, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x)
-    statistics = x.new_empty((3, ghosts, x.shape[1]), dtype=statistics_dtype(x.dtype))
-    mask = x.new_empty(backends.mask_size(x.shape, channels_last) if relu else 0, dtype=torch.uint8)
-    return y, statistics, mask
-
-
 def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
-    x, channels_last = backends.readable(x)
-    y, statistics, mask = _outputs(x, channels_last, ghosts, relu)
+    x, channels_last = readable(x)
+    y, statistics, mask = outputs(x, channels_last, ghosts, relu)
     if running_mean is not None:
         statistics[0] = running_mean
         statistics[1] = 0
@@ -149,63 +100,39 @@ def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts,
     if x.numel() == 0:
         return y, statistics if running_mean is not None else statistics.zero_(), mask
     if residual is not None:
-        residual = backends.readable_as(residual, channels_last)
-    problem = backends.describe(x, channels_last, ghosts, relu, eps, running_mean is not None)
-    tensors = (x, residual, weight, bias, keep, y, statistics, mask)
-    run("ghost_batch_norm", x.device.type, x.dtype, lambda backend: backend.forward(problem, *tensors))
+        residual = readable_as(residual, channels_last)
+    problem = describe(x, channels_last, ghosts, relu, eps, running_mean is not None)
+    tensors = x, residual, weight, bias, keep, y, statistics, mask
+    run(NAME, x.device.type, x.dtype, lambda backend: backend.forward(problem, *tensors))
     return y, statistics, mask
 
 
-def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
-    x, channels_last = backends.readable(x)
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if residual else x.new_empty(0)
-    grad_weight, grad_bias = statistics.new_empty((2, x.shape[1])).unbind()
-    if x.numel() == 0:
-        return grad_x, grad_residual, grad_weight.zero_(), grad_bias.zero_()
-    problem = backends.describe(x, channels_last, ghosts, relu, eps, use_running)
-    grad_y = backends.readable_as(grad_y, channels_last)
-    saved = (grad_y, x, weight, statistics, mask, keep)
-    gradients = (grad_x, grad_residual if residual else None, grad_weight, grad_bias)
-    run(
-        "ghost_batch_norm",
-        x.device.type,
-        x.dtype,
-        lambda backend: backend.backward(problem, *saved, *gradients),
-    )
-    return grad_x, grad_residual, grad_weight, grad_bias
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("ghost_batch_norm", _forward, _device)
-    _library.impl("ghost_batch_norm_backward", _backward, _device)
-
-
-@torch.library.register_fake("gkt_fast::ghost_batch_norm", lib=_library)
 def _fake_forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
-    x, channels_last = backends.readable(x)
-    return _outputs(x, channels_last, ghosts, relu)
+    return outputs(*readable(x), ghosts, relu)
 
 
-@torch.library.register_fake("gkt_fast::ghost_batch_norm_backward", lib=_library)
+def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
+    x, channels_last = readable(x)
+    gradients = grad_x, grad_residual, grad_weight, grad_bias = gradient_outputs(x, statistics, residual)
+    if x.numel() == 0:
+        grad_weight.zero_(), grad_bias.zero_()
+        return gradients
+    problem = describe(x, channels_last, ghosts, relu, eps, use_running)
+    saved = readable_as(grad_y, channels_last), x, weight, statistics, mask, keep
+    filled = grad_x, grad_residual if residual else None, grad_weight, grad_bias
+    run(NAME, x.device.type, x.dtype, lambda backend: backend.backward(problem, *saved, *filled))
+    return gradients
+
+
 def _fake_backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
-    x, _ = backends.readable(x)
-    grad_residual = torch.empty_like(x) if residual else x.new_empty(0)
-    return (
-        torch.empty_like(x),
-        grad_residual,
-        statistics.new_empty(x.shape[1]),
-        statistics.new_empty(x.shape[1]),
-    )
+    return gradient_outputs(readable(x)[0], statistics, residual)
 
 
-class _GhostBatchNorm(torch.autograd.Function):
-    """The Autograd key's kernel. torch.library.register_autograd does the same at five times the overhead."""
-
+class _Differentiated(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
         inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps
-        y, statistics, mask = _below_autograd(_op, *inputs)
+        y, statistics, mask = library.below_autograd(_op, *inputs)
         ctx.mark_non_differentiable(statistics, mask)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, statistics, mask, keep)
@@ -213,23 +140,21 @@ class _GhostBatchNorm(torch.autograd.Function):
         return y, statistics, mask
 
     @staticmethod
-    def backward(ctx, grad_y, _statistics, _mask):
+    def backward(ctx, grad_y, *_: None):
         if grad_y is None:
             return (None,) * 10
         x, weight, statistics, mask, keep = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        ghosts, relu, eps, use_running = ctx.options
-        own_residual = needs_residual and relu  # without ReLU it is the gradient of y
+        own_residual = needs_residual and ctx.options[1]  # without ReLU it is the gradient of y
+        grad_x = grad_residual = grad_weight = grad_bias = None
         if needs_x or needs_weight or needs_bias or own_residual:
-            # Without create_graph the Autograd key has nothing to do.
-            call = (
-                _backward_op if torch.is_grad_enabled() else functools.partial(_below_autograd, _backward_op)
+            gradients = library.below_autograd(
+                _backward_op, grad_y, x, weight, statistics, mask, keep, *ctx.options, own_residual
             )
-            grad_x, grad_residual, grad_weight, grad_bias = call(
-                grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, own_residual
-            )
-        else:
-            grad_x = grad_residual = grad_weight = grad_bias = None
+            if torch.is_grad_enabled():
+                through = (grad_y, x) if weight is None else (grad_y, x, weight)
+                gradients = library.refuse_second_derivative(NAME, gradients, through)
+            grad_x, grad_residual, grad_weight, grad_bias = gradients
         return (
             grad_x if needs_x else None,
             grad_weight if needs_weight else None,
@@ -239,32 +164,26 @@ class _GhostBatchNorm(torch.autograd.Function):
         )
 
 
-class _GhostBatchNormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        return _below_autograd(_backward_op, *inputs)
+for _implementation in (
+    Implementation(NAME, "cpp", ("cpu",), FLOAT_DTYPES, lambda: CppBackend(native_module())),
+    Implementation(NAME, "cuda", ("cuda",), FLOAT_DTYPES, lambda: CudaBackend(native_cuda_module())),
+    Implementation(NAME, "triton", TRITON_DEVICES, TRITON_DTYPES, TritonBackend),
+    Implementation(NAME, "torch", ("cpu", "cuda"), FLOAT_DTYPES, TorchBackend),
+):
+    register(_implementation)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError(
-            "ghost_batch_norm can't be differentiated twice; ghost_batch_norm_reference can, and computes the same"
-        )
-
-
-def _below_autograd(op, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
-
-
-def _autograd_kernel(function: type[torch.autograd.Function], op):
-    return lambda *inputs: (
-        function.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(op, *inputs)
-    )
-
-
-_op = torch.ops.gkt_fast.ghost_batch_norm.default
-_backward_op = torch.ops.gkt_fast.ghost_batch_norm_backward.default
-_library.impl("ghost_batch_norm", _autograd_kernel(_GhostBatchNorm, _op), "Autograd")
-_library.impl(
-    "ghost_batch_norm_backward", _autograd_kernel(_GhostBatchNormBackward, _backward_op), "Autograd"
+_op = library.define(
+    f"{NAME}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? keep, "
+    "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)",
+    _forward,
+    _fake_forward,
 )
+_backward_op = library.define(
+    f"{NAME}_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor statistics, Tensor mask, "
+    "Tensor? keep, int ghosts, bool relu, float eps, bool use_running, bool residual) "
+    "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    _backward,
+    _fake_backward,
+)
+library.differentiate(_op, _Differentiated)

@@ -1,5 +1,13 @@
 """Group soft labels, Kullback-Leibler divergence, cross entropy and their gradient in one pass over the logits."""
 
-from .op import GroupKnowledge, group_knowledge_loss, group_knowledge_loss_reference
+from .op import group_knowledge_loss
+from .options import LossOptions, lists_options
+from .reference import GroupKnowledge, group_knowledge_loss_reference
 
-__all__ = ["GroupKnowledge", "group_knowledge_loss", "group_knowledge_loss_reference"]
+__all__ = [
+    "GroupKnowledge",
+    "LossOptions",
+    "group_knowledge_loss",
+    "group_knowledge_loss_reference",
+    "lists_options",
+]

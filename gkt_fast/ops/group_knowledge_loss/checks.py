@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_class_indices", "check_hyperparameters", "check_streams", "check_tensors"]
+from ..dtypes import FLOAT_DTYPES
 
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_INTEGERS = {"groups": (0, None), "loops": (1, None), "ignore_index": (None, None)}
-_BOOLEANS = ("normalize_logits", "distill_ignored")
-_RANGES = {
-    "ema": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "temperature": (lambda x: 0 < x < math.inf, "positive and finite"),
-    "eps": (lambda x: 0 < x < math.inf, "positive and finite"),
-    "ce_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
-    "kd_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
-    "subnet_ce_weight": (lambda x: 0 <= x < math.inf, "finite and not negative"),
-    "label_smoothing": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-}
+__all__ = [
+    "Check",
+    "boolean",
+    "check_class_indices",
+    "check_streams",
+    "check_tensors",
+    "fraction",
+    "integer",
+    "positive",
+    "weight",
+]
+
+Check = Callable[[str, object], None]
+"""Raises where the value of the option of that name is wrong."""
 
 
-def check_hyperparameters(**values: object) -> None:
-    for name, value in values.items():
-        if name in _BOOLEANS:
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False")
-        elif name in _INTEGERS:
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be an int")
-            least = _INTEGERS[name][0]
-            if least is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        else:
-            in_range, requirement = _RANGES[name]
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be a number")
-            if not in_range(value):
-                raise ValueError(f"{name} is {value}; it must be {requirement}")
+def integer(least: int | None = None) -> Check:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be an int")
+        if least is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+    return check
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def _number(in_range: Callable[[float], bool], requirement: str) -> Check:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
+        if not in_range(value):
+            raise ValueError(f"{name} is {value}; it must be {requirement}")
+
+    return check
+
+
+fraction = _number(lambda x: 0 <= x <= 1, "in [0, 1]")
+positive = _number(lambda x: 0 < x < math.inf, "positive and finite")
+weight = _number(lambda x: 0 <= x < math.inf, "finite and not negative")
 
 
 def check_streams(logits: Tensor, groups: int, loops: int) -> None:

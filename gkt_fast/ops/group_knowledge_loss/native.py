@@ -1,81 +1,109 @@
-"""Calls the native kernels of `group_knowledge_loss`: allocates the results, hands over addresses and strides."""
+"""Hands `group_knowledge_loss` to its C++ and CUDA kernels: addresses, strides, options in the order of the ABI."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, cuda_stream, native_module
+from ..native import DTYPES, cuda_stream
 from .checks import check_class_indices
+from .problem import Problem
 
-__all__ = ["load_cpp", "load_cuda"]
-
-
-def load_cpp() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The C++ kernel as a function of the torch.library op's arguments."""
-    native = native_module()
-
-    def forward(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-        results = _allocate(logits, with_gradient=options[-2])
-        parameters, _keep = _parameters(native, logits, targets, options, *results)
-        native.group_knowledge_loss_cpu(parameters, torch.get_num_threads())
-        return results
-
-    return forward
+__all__ = ["CppBackend", "CudaBackend"]
 
 
-def load_cuda(native: ModuleType) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The CUDA kernel of a native module as a function of the torch.library op's arguments."""
+class CppBackend:
+    """The C++ kernel of a native module."""
 
-    def forward(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-        ignore_index, distill_ignored = options[8], options[10]
+    def __init__(self, native: ModuleType) -> None:
+        self._native = native
+
+    def forward(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor,
+        terms: Tensor,
+        gradient: Tensor | None,
+    ) -> None:
+        targets = _readable(targets, loss)
+        parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)
+        self._native.group_knowledge_loss_cpu(parameters, torch.get_num_threads())
+
+
+class CudaBackend:
+    """The CUDA kernel of a native module, on torch's current stream."""
+
+    def __init__(self, native: ModuleType) -> None:
+        self._native = native
+
+    def forward(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor,
+        terms: Tensor,
+        gradient: Tensor | None,
+    ) -> None:
+        options = problem.options
         with torch.cuda.device_of(logits):
-            results = _allocate(logits, with_gradient=options[-2])
-            parameters, _keep = _parameters(native, logits, targets, options, *results)
+            targets = _readable(targets, loss)
+            parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)
             rows = logits.new_full((), logits[0].numel() // logits.shape[2], dtype=torch.float64)
             if targets.is_floating_point():
                 ce_rows = rows
             else:
-                check_class_indices(targets, logits.shape[2], ignore_index)
-                ce_rows = (targets != ignore_index).sum(dtype=torch.float64)
-            counted_rows = torch.stack([ce_rows, rows if distill_ignored else ce_rows])
-            partials = rows.new_empty((native.max_partials, logits.shape[0] + 1))
-            native.group_knowledge_loss_cuda(
+                check_class_indices(targets, logits.shape[2], options.ignore_index)
+                ce_rows = (targets != options.ignore_index).sum(dtype=torch.float64)
+            counted_rows = torch.stack([ce_rows, rows if options.distill_ignored else ce_rows])
+            partials = rows.new_empty((self._native.max_partials, logits.shape[0] + 1))
+            self._native.group_knowledge_loss_cuda(
                 parameters, counted_rows.data_ptr(), partials.data_ptr(), cuda_stream(logits)
             )
-        return results
-
-    return forward
 
 
-def _allocate(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
-    return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype), gradient
+def _readable(targets: Tensor, loss: Tensor) -> Tensor:
+    """Targets as the kernels read them; they must live until the kernel is launched."""
+    return targets.to(loss.dtype) if targets.is_floating_point() else targets
 
 
-def _parameters(native, logits, targets, options, loss, terms, gradient) -> tuple[object, Tensor]:
-    """The native parameters, and the targets that they point into."""
-    probabilities = targets.is_floating_point()
-    if probabilities:
-        targets = targets.to(loss.dtype)
-    *options, with_gradient, gradient_scale = options
-    parameters = native.GroupKnowledgeLossParams(
+def _parameters(
+    native: ModuleType,
+    problem: Problem,
+    logits: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    terms: Tensor,
+    gradient: Tensor | None,
+) -> Any:
+    o = problem.options
+    return native.GroupKnowledgeLossParams(
         DTYPES[logits.dtype],
         logits.data_ptr(),
         logits.shape,
         logits.stride(),
-        gradient.data_ptr() if with_gradient else 0,
-        gradient.stride() if with_gradient else logits.stride(),
+        0 if gradient is None else gradient.data_ptr(),
+        (logits if gradient is None else gradient).stride(),
         targets.data_ptr(),
         targets.stride(),
-        probabilities,
+        targets.is_floating_point(),
         loss.data_ptr(),
         terms.data_ptr(),
-        *options,
-        gradient_scale,
+        o.groups,
+        o.ema,
+        o.temperature,
+        o.normalize_logits,
+        o.eps,
+        o.ce_weight,
+        o.kd_weight,
+        o.subnet_ce_weight,
+        o.ignore_index,
+        o.label_smoothing,
+        o.distill_ignored,
+        problem.gradient_scale,
     )
-    return parameters, targets

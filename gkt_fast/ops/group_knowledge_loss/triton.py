@@ -2,65 +2,65 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..triton_failures import reporting_failures
+from ..triton import DEVICES, reporting_failures
 from .checks import check_class_indices
+from .problem import Problem
 
-__all__ = ["DEVICES", "DTYPES", "load_triton"]
+__all__ = ["DEVICES", "DTYPES", "TritonBackend"]
 
-# Triton's interpreter runs kernels on CPU tensors.
-DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 # Not float64: Triton passes numbers to kernels as float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-OPTIONS = (
-    "groups",
-    "ema",
-    "temperature",
-    "normalize_logits",
-    "eps",
-    "ce_weight",
-    "kd_weight",
-    "subnet_ce_weight",
-    "ignore_index",
-    "label_smoothing",
-    "distill_ignored",
-)
 
+class TritonBackend:
+    """The Triton kernel."""
 
-def load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The Triton kernel as a function of the torch.library op's arguments."""
-    from gkt_fast.kernels.triton import group_knowledge_loss as kernel
+    def __init__(self) -> None:
+        from gkt_fast.kernels.triton import group_knowledge_loss as kernel
 
-    launch = reporting_failures(kernel.group_knowledge_loss)
+        self._launch = reporting_failures(kernel.group_knowledge_loss)
 
-    def forward(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-        *options, with_gradient, gradient_scale = options
+    def forward(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor,
+        terms: Tensor,
+        gradient: Tensor | None,
+    ) -> None:
+        o = problem.options
         if targets.is_floating_point():
             targets = targets.float()
         else:
-            check_class_indices(targets, logits.shape[2], options[OPTIONS.index("ignore_index")])
-        gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+            check_class_indices(targets, logits.shape[2], o.ignore_index)
         # The kernel walks a batch and two spatial dimensions of any strides; more have to be adjacent.
         many = logits.dim() > 5
         if many:
             logits, targets = logits.contiguous(), targets.contiguous()
-        written = torch.empty_like(logits) if many and with_gradient else gradient
+        written = torch.empty_like(logits) if many and gradient is not None else gradient
         with torch.cuda.device_of(logits):
-            loss, terms = launch(
+            results = self._launch(
                 logits,
                 targets,
-                written if with_gradient else None,
-                gradient_scale=gradient_scale,
-                **dict(zip(OPTIONS, options, strict=True)),
+                written,
+                groups=o.groups,
+                ema=o.ema,
+                temperature=o.temperature,
+                normalize_logits=o.normalize_logits,
+                eps=o.eps,
+                ce_weight=o.ce_weight,
+                kd_weight=o.kd_weight,
+                subnet_ce_weight=o.subnet_ce_weight,
+                ignore_index=o.ignore_index,
+                label_smoothing=o.label_smoothing,
+                distill_ignored=o.distill_ignored,
+                gradient_scale=problem.gradient_scale,
             )
+            loss.copy_(results[0])
+            terms.copy_(results[1])
         if written is not gradient:
             gradient.copy_(written)
-        return loss, terms, gradient
-
-    return forward

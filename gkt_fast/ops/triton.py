@@ -1,8 +1,9 @@
-"""What it looks like when Triton can't run a kernel here: missing compilers, old GPUs, full disks."""
+"""What every Triton backend needs: where its kernels run, and what it looks like when they can't."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -10,7 +11,10 @@ import torch
 
 from .registry import BackendError
 
-__all__ = ["reporting_failures"]
+__all__ = ["DEVICES", "reporting_failures"]
+
+# Triton's interpreter runs kernels on CPU tensors.
+DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

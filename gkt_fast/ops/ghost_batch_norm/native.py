@@ -1,0 +1,133 @@
+"""Hands `ghost_batch_norm` to its C++ and CUDA kernels: addresses, strides, scratch memory."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..native import DTYPES, cuda_stream
+from .problem import Problem, strides_of
+
+__all__ = ["CppBackend", "CudaBackend"]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _activation(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int, int]:
+    """Address and strides of batch, channel and position."""
+    if tensor is None:
+        return 0, 0, 0, 0
+    return tensor.data_ptr(), *strides_of(tensor, problem)
+
+
+def _native_shape(problem: Problem) -> tuple[int, ...]:
+    return DTYPES[problem.dtype], problem.channels_last, *problem.sizes
+
+
+class _NativeBackend:
+    """Hands addresses to a pair of native functions.
+
+    Args:
+        forward: e.g. `ghost_batch_norm_fwd_cpu` of the native module.
+        backward: the same for the backward pass.
+        where: gives the last argument, the number of threads or the stream, for x.
+        workspace: number of elements of scratch memory for a shape; None where the functions need none.
+    """
+
+    def __init__(self, forward, backward, where, workspace=None) -> None:
+        self._forward, self._backward, self._where, self._workspace = forward, backward, where, workspace
+
+    def _scratch(self, problem: Problem, statistics: Tensor) -> Tensor | None:
+        return (
+            None if self._workspace is None else statistics.new_empty(self._workspace(_native_shape(problem)))
+        )
+
+    def forward(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
+        weight, bias, keep = (None if v is None else v.contiguous() for v in (weight, bias, keep))
+        scratch = self._scratch(problem, statistics)
+        self._forward(
+            _native_shape(problem),
+            problem.eps,
+            problem.relu,
+            problem.use_running,
+            _activation(x, problem),
+            _activation(residual, problem),
+            _address(weight),
+            _address(bias),
+            _address(keep),
+            _activation(y, problem),
+            _address(statistics),
+            _address(mask),
+            _address(scratch),
+            self._where(x),
+        )
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_y,
+        x,
+        weight,
+        statistics,
+        mask,
+        keep,
+        grad_x,
+        grad_residual,
+        grad_weight,
+        grad_bias,
+    ) -> None:
+        weight, keep = (None if v is None else v.contiguous() for v in (weight, keep))
+        scratch = self._scratch(problem, statistics)
+        self._backward(
+            _native_shape(problem),
+            problem.eps,
+            problem.relu,
+            problem.use_running,
+            _activation(grad_y, problem),
+            _activation(x, problem),
+            _address(weight),
+            _address(statistics.contiguous()),
+            _address(mask),
+            _address(keep),
+            _activation(grad_x, problem),
+            _activation(grad_residual, problem),
+            _address(grad_weight),
+            _address(grad_bias),
+            _address(scratch),
+            self._where(x),
+        )
+
+
+class CppBackend(_NativeBackend):
+    """The C++ kernels of a native module."""
+
+    def __init__(self, native: ModuleType) -> None:
+        super().__init__(
+            native.ghost_batch_norm_fwd_cpu,
+            native.ghost_batch_norm_bwd_cpu,
+            lambda x: torch.get_num_threads(),
+        )
+
+
+class CudaBackend(_NativeBackend):
+    """The CUDA kernels of a native module, on torch's current stream."""
+
+    def __init__(self, native: ModuleType) -> None:
+        super().__init__(
+            native.ghost_batch_norm_fwd_cuda,
+            native.ghost_batch_norm_bwd_cuda,
+            cuda_stream,
+            native.ghost_batch_norm_workspace_cuda,
+        )
+
+    def forward(self, problem: Problem, x: Tensor, *tensors: Tensor | None) -> None:
+        with torch.cuda.device_of(x):
+            super().forward(problem, x, *tensors)
+
+    def backward(self, problem: Problem, grad_y: Tensor, *tensors: Tensor | None) -> None:
+        with torch.cuda.device_of(grad_y):
+            super().backward(problem, grad_y, *tensors)

@@ -1,0 +1,30 @@
+"""What a backend of `group_knowledge_loss` is told besides tensors, and what it fills."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import accumulation_dtype
+from .options import LossOptions
+
+__all__ = ["Problem", "outputs"]
+
+
+class Problem(NamedTuple):
+    """`gradient_scale` is the power of two by which the stored gradient is multiplied (`op._gradient_scale`)."""
+
+    options: LossOptions
+    gradient_scale: float
+
+
+def outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the loss, the terms (S,), and the gradient of the loss, of logits' shape; empty without one."""
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(logits.shape[0], dtype=dtype),
+        torch.empty_like(logits) if with_gradient else logits.new_empty(0),
+    )

@@ -1,0 +1,158 @@
+"""`group_knowledge_loss` in plain torch: stream by stream, as a function that autograd differentiates, as a backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes import accumulation_dtype
+from ..library import differentiable
+from .checks import check_class_indices, check_streams, check_tensors
+from .options import LossOptions, lists_options, loss_options
+from .problem import Problem
+
+__all__ = ["GroupKnowledge", "TorchBackend", "group_knowledge_loss_reference"]
+
+
+@lists_options
+class GroupKnowledge:
+    """The loss one stream at a time, in plain torch: the terms, and the knowledge that they leave behind.
+
+    Made anew for each training step. Logits here are one stream's: (B, C, *spatial). Low precision is computed in
+    float32. The weights of the terms, `groups` and `loops` are left to the caller:
+
+        knowledge = GroupKnowledge(ema=0.5)
+        loss = ce_weight * knowledge.full(logits, targets)
+        loss += kd_weight * knowledge.subnet(logits, targets, group=1)      # and so on, in stream order
+
+    Args:
+        options: the options of the loss; None: the defaults.
+        fields: fields of `LossOptions` that replace those of `options`.
+
+    Raises:
+        TypeError: an option has the wrong type, or there is none of that name.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, *, options: LossOptions | None = None, **fields: int | float | bool) -> None:
+        self.options = loss_options(options, **fields)
+        self._knowledge: dict[int, Tensor] = {}
+
+    def full(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Stores the full network's knowledge and returns its cross entropy, a scalar, not weighted."""
+        ce = self.cross_entropy(logits, targets)
+        self._knowledge[0] = self._normalized(logits.detach())
+        return ce
+
+    def subnet(self, logits: Tensor, targets: Tensor, group: int) -> Tensor:
+        """Returns kd of a subnet of `group` against group - 1, a scalar, not weighted; updates K_group.
+
+        Raises:
+            ValueError: `group` isn't positive, or nothing was stored yet for the group before it.
+        """
+        if group < 1 or group - 1 not in self._knowledge:
+            raise ValueError(
+                f"group is {group}; it must be at least 1, and a stream of group {group - 1} must come first"
+            )
+        check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
+        normalized = self._normalized(logits)
+        log_p = F.log_softmax(self._knowledge[group - 1] / self.options.temperature, dim=1)
+        log_q = F.log_softmax(normalized / self.options.temperature, dim=1)
+        divergence = _divergence(log_p, log_q)
+        if self.options.distill_ignored or targets.is_floating_point():
+            kd = divergence.mean()
+        else:
+            counts = targets != self.options.ignore_index
+            kd = torch.where(counts, divergence, 0.0).sum() / counts.sum()
+        self._update(group, normalized.detach())
+        return kd * self.options.temperature**2
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The cross entropy of raw logits with this loss's options, a scalar."""
+        check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
+        if targets.is_floating_point():
+            targets = targets.to(accumulation_dtype(logits.dtype))
+        else:
+            check_class_indices(targets, logits.shape[1], self.options.ignore_index)
+        return F.cross_entropy(
+            logits.to(accumulation_dtype(logits.dtype)),
+            targets,
+            ignore_index=self.options.ignore_index,
+            label_smoothing=self.options.label_smoothing,
+        )
+
+    def _normalized(self, logits: Tensor) -> Tensor:
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        if not self.options.normalize_logits:
+            return logits
+        centered = logits - logits[:, :1].detach()  # exact for equal logits, whatever their size
+        centered = centered - centered.mean(dim=1, keepdim=True)
+        return centered * (centered.square().mean(dim=1, keepdim=True) + self.options.eps).rsqrt()
+
+    def _update(self, group: int, normalized: Tensor) -> None:
+        old = self._knowledge.get(group)
+        if old is None or self.options.ema == 0:
+            self._knowledge[group] = normalized
+        elif self.options.ema < 1:
+            self._knowledge[group] = self.options.ema * old + (1 - self.options.ema) * normalized
+
+
+@lists_options
+def group_knowledge_loss_reference(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    options: LossOptions | None = None,
+    **fields: int | float | bool,
+) -> tuple[Tensor, Tensor]:
+    """`group_knowledge_loss` in plain torch: same arguments and results, differentiated by autograd."""
+    o = loss_options(options, **fields)
+    check_streams(logits, o.groups, o.loops)
+    knowledge = GroupKnowledge(options=o)
+    terms = [knowledge.full(logits[0], targets)]
+    weighted = [o.ce_weight * terms[0]] if o.ce_weight else []
+    for stream in range(1, logits.shape[0]):
+        terms.append(knowledge.subnet(logits[stream], targets, group=(stream - 1) % o.groups + 1))
+        if o.kd_weight:
+            weighted.append(o.kd_weight * terms[-1])
+        if o.subnet_ce_weight:
+            weighted.append(o.subnet_ce_weight * knowledge.cross_entropy(logits[stream], targets))
+    loss = torch.stack(weighted).sum() if weighted else 0.0 * terms[0].nan_to_num(0.0, 0.0, 0.0)
+    return loss, torch.stack(terms).detach()
+
+
+class TorchBackend:
+    """The reference, and autograd's gradient of it."""
+
+    def forward(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor,
+        terms: Tensor,
+        gradient: Tensor | None,
+    ) -> None:
+        if gradient is None:
+            results = group_knowledge_loss_reference(logits, targets, options=problem.options)
+        else:
+            with differentiable():
+                leaf = logits.detach().requires_grad_()
+                results = group_knowledge_loss_reference(leaf, targets, options=problem.options)
+                (exact,) = torch.autograd.grad(results[0] * problem.gradient_scale, leaf)
+            gradient.copy_(exact)
+        loss.copy_(results[0].detach())
+        terms.copy_(results[1])
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q) over dimension 1, taken as sum_c (q - p - p (log q - log p)), since sum_c (q - p) = 0.
+
+    All summands are positive and errors of log p and log q cancel to first order: small divergences stay
+    accurate.
+    """
+    p, difference = log_p.exp(), log_q - log_p
+    near = difference.abs() < 1
+    change = torch.where(near, p * torch.expm1(torch.where(near, difference, 0.0)), log_q.exp() - p)
+    return (change - torch.where(p == 0, 0.0, p * difference)).sum(dim=1)  # 0 log 0 = 0
