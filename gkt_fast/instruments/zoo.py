@@ -249,7 +249,12 @@ ZOO = [
     _torchvision(
         "resnext50_32x4d", _small_resnet("Bottleneck", [2, 3, 1, 1], groups=2, width_per_group=32), ".x .xx"
     ),
-    _torchvision("wide_resnet50_2", _small_resnet("Bottleneck", [2, 2, 1, 1], width_per_group=128), ".x .x"),
+    _torchvision(
+        "wide_resnet50_2",
+        _small_resnet("Bottleneck", [2, 2, 1, 1], width_per_group=128),
+        ".x .x",
+        small_pixels=32,
+    ),
     _torchvision("regnet_x_400mf", lambda: _small_torchvision_regnet(None), ".xx .x", small_pixels=32),
     _torchvision(
         "regnet_y_400mf", lambda: _small_torchvision_regnet(0.25), ".xx .x", small_pixels=32, headline=True
