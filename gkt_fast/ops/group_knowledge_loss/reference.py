@@ -140,7 +140,8 @@ class TorchBackend:
             with differentiable():
                 leaf = logits.detach().requires_grad_()
                 results = group_knowledge_loss_reference(leaf, targets, options=problem.options)
-                (exact,) = torch.autograd.grad(results[0] * problem.gradient_scale, leaf)
+                scale = results[0].new_full((), problem.gradient_scale)
+                (exact,) = torch.autograd.grad(results[0], leaf, scale)
             gradient.copy_(exact)
         loss.copy_(results[0].detach())
         terms.copy_(results[1])
