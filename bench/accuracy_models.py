@@ -148,10 +148,7 @@ def forward_flops(model: str, width: int, image_size: int, depths: tuple[int, ..
     network = build_model(model, width, image_size)
     network = network if depths is None else extract_subnet(network, depths)
     counter = FlopCounterMode(display=False)
-    with (
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        counter,
-    ):  # attention as products, which are all counted
+    # Attention as matrix products, since the fused kernel isn't counted on a CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops()
