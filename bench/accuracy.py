@@ -1,7 +1,11 @@
 """How well the methods train, and for what cost: one CSV row per finished training run.
 
     python bench/accuracy.py imagefolder:PATH --train-images 1000 --epochs 100 --seeds 0 1 2
+    python bench/accuracy.py imagefolder:PATH --model vit8 --augmentation randaugment --study methods alone
     python bench/accuracy_report.py
+
+Networks and how they are trained are in `accuracy_models`, what is compared in `accuracy_recipes`, what is done to the
+images in `accuracy_images`.
 
 PATH holds train/CLASS/*, and test/CLASS/* or val/CLASS/* (CIFAR-10 as images, for instance). A run that has its row is
 skipped, one that was cut off goes on from its last epoch, and no run starts after `--minutes`: so the whole can be
@@ -19,87 +23,26 @@ import fcntl
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+from accuracy_images import AUGMENTATIONS, Images, batches, decode, train_loader
+from accuracy_models import build_model, family_of, make_scheduler
+from accuracy_recipes import RECIPES, STUDIES, Recipe
 from harness import RESULTS, environment, write_csv
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from gkt_fast import Callback, GKTTrainer, LinearWarmup, extract_subnet, method_config
-from gkt_fast.models import cifar_resnet
 
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the comparison.
-
-    Args:
-        method: name for `gkt_fast.method_config`.
-        changes: fields of `GKTConfig` that differ from the method's.
-        alone: depths of the network that is trained; None: the full one.
-        costs_as: train for as many epochs as cost what this recipe costs at the epochs asked for.
-        kd_warmup: share of the training in which the distillation terms' weight rises from 0.
-        baseline: the recipe that the report compares this one with.
-    """
-
-    method: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    alone: tuple[int, ...] | None = None
-    costs_as: str | None = None
-    kd_warmup: float = 0.0
-    baseline: str = "plain"
-
-
-METHODS = {
-    "plain": Recipe("plain"),
-    "plain, cost of gkt": Recipe("plain", costs_as="gkt"),
-    "label smoothing": Recipe("plain", {"label_smoothing": 0.1}),
-    "stochastic depth": Recipe("stochastic_depth"),
-    "st": Recipe("st"),
-    "st, 3 subnets": Recipe("st", {"loops": 3}),
-    "st++": Recipe("st++"),
-    "gkt": Recipe("gkt"),
-    "gkt, 2 groups": Recipe("gkt", {"groups": 2}),
-    "gkt, 2 loops": Recipe("gkt", {"loops": 2}),
-}
-ALONE = {
-    "plain 1-1-1": Recipe("plain", alone=(1, 1, 1)),
-    "plain 2-2-2": Recipe("plain", alone=(2, 2, 2)),
-}
-BUDGETS = {
-    f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}, baseline="gkt")
-    for budget in (1.0, 1.2, 1.25, 1.5)
-}
-CHOICES = {
-    "gkt, normalised": Recipe("gkt", {"normalize_logits": True}, baseline="gkt"),
-    "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}, baseline="gkt"),
-    "gkt, temperature 2": Recipe("gkt", {"temperature": 2.0}, baseline="gkt"),
-    "gkt, kd_weight 0.33": Recipe("gkt", {"kd_weight": 0.33}, baseline="gkt"),
-    "gkt, kd_weight 0.5": Recipe("gkt", {"kd_weight": 0.5}, baseline="gkt"),
-    "gkt, kd_weight 2": Recipe("gkt", {"kd_weight": 2.0}, baseline="gkt"),
-    "gkt, kd warm-up 0.2": Recipe("gkt", kd_warmup=0.2, baseline="gkt"),
-    "gkt, ema 0.9, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.9}, baseline="gkt, 2 loops"),
-    "gkt, ema 0, 2 loops": Recipe("gkt", {"loops": 2, "ema": 0.0}, baseline="gkt, 2 loops"),
-    "gkt, batch_norm all_streams": Recipe("gkt", {"batch_norm": "all_streams"}, baseline="gkt"),
-    "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
-}
 SETTING = (
-    "train_images", "test_images", "image_size", "depth", "width", "epochs", "batch_size", "lr", "weight_decay",
-    "precision",
+    "train_images", "test_images", "image_size", "augmentation", "model", "width", "epochs", "batch_size", "lr",
+    "weight_decay", "precision",
 )  # fmt: skip
 """What must be equal for rows to be compared."""
-COST_SETTING = ("image_size", "depth", "width", "batch_size", "precision")
+COST_SETTING = ("image_size", "model", "width", "batch_size", "precision")
 """What a step's cost depends on."""
-STUDIES = {"methods": METHODS, "alone": ALONE, "budgets": BUDGETS, "choices": CHOICES}
-ONE_BY_ONE = {"gkt, one by one": Recipe("gkt", {"execution": "sequential"})}
-"""In no study, since it trains what "gkt" does: for its cost alone."""
-RECIPES = METHODS | ALONE | BUDGETS | CHOICES | ONE_BY_ONE
 
 
 def main() -> None:
@@ -110,12 +53,13 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=1000, help="the same number of each class")
     parser.add_argument("--test-images", type=int, default=10000, help="the same number of each class")
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=20, help="of the cifar_resnet, 6n + 2")
-    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--augmentation", choices=AUGMENTATIONS, default=AUGMENTATIONS[0])
+    parser.add_argument("--model", default="cifar_resnet20", help="cifar_resnetN of N = 6n + 2, or vitN")
+    parser.add_argument("--width", type=int, help="default, as of the next two: the model's")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, help="the largest; it ends at 0, by a cosine")
+    parser.add_argument("--weight-decay", type=float)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=["methods"])
@@ -127,8 +71,15 @@ def main() -> None:
         "--work", type=Path, default=Path("accuracy_runs"), help="checkpoints and logs of the runs"
     )
     args = parser.parse_args()
+    try:
+        family, _ = family_of(args.model)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for name in ("width", "lr", "weight_decay"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(family, name))
     torch.set_num_threads(args.threads)
-    names = args.recipes or [name for study in args.study for name in STUDIES[study]]
+    names = chosen_recipes(args)
     data = load(args)
     costs = step_costs(names, data, args)
     deadline = time.monotonic() + 60 * args.minutes
@@ -140,14 +91,6 @@ def main() -> None:
                 print("The minutes are over; run the same command again to go on.")
                 return
             append(args.csv, run(name, seed, data, costs, args))
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images in memory: uint8 (N, 3, H, W), class indices (N,)."""
-
-    images: Tensor
-    targets: Tensor
 
 
 def load(args: argparse.Namespace) -> dict[str, Images]:
@@ -170,78 +113,42 @@ def load(args: argparse.Namespace) -> dict[str, Images]:
     return data
 
 
-def decode(folder: Path, number: int, image_size: int) -> Images:
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    resize = v2.Compose([v2.PILToTensor(), v2.Resize(image_size, antialias=True)])
-    dataset = ImageFolder(folder, resize)
-    each = number // len(dataset.classes)
-    if each * len(dataset.classes) != number:
-        raise SystemExit(
-            f"{number} images can't be the same number of each of {len(dataset.classes)} classes"
-        )
-    of_class: dict[int, list[int]] = {}
-    for index, target in enumerate(dataset.targets):
-        of_class.setdefault(target, []).append(index)
-    if min(map(len, of_class.values())) < each:
-        raise SystemExit(f"{folder} has classes with fewer than {each} images")
-    chosen = [index for indices in of_class.values() for index in indices[:each]]
-    images = torch.stack([dataset[index][0] for index in chosen])
-    return Images(images, torch.tensor([dataset.targets[index] for index in chosen]))
+def chosen_recipes(args: argparse.Namespace) -> list[str]:
+    """The recipes asked for; of the studies', those that fit the model."""
+    family, number = family_of(args.model)
+    depths = family.depths(number)
+    wanted = args.recipes or [name for study in args.study for name in STUDIES[study]]
+    fitting = [name for name in wanted if RECIPES[name].fits(depths, family.resizable)]
+    if args.recipes and fitting != wanted:
+        unfit = [name for name in wanted if name not in fitting]
+        of_one_size = "" if family.resizable else ", and takes images of one size"
+        raise SystemExit(f"recipes {unfit} don't fit {args.model}: it has depths {depths}{of_one_size}")
+    return fitting
 
 
-def normalized(images: Tensor) -> Tensor:
-    mean, std = (255 * torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def train_loader(data: Images, batch_size: int, seed: int) -> DataLoader:
-    """Batches in an order of their own in every epoch, randomly shifted by up to an eighth and mirrored."""
-    from torchvision.transforms import v2
-
-    side = data.images.shape[-1]
-    augment = v2.Compose([v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()])
-
-    def collate(indices: list[int]) -> tuple[Tensor, Tensor]:
-        images = torch.stack([augment(data.images[index]) for index in indices])
-        return normalized(images), data.targets[indices]
-
-    return DataLoader(
-        range(len(data.targets)),
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collate,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def batches(data: Images, batch_size: int = 250) -> list[tuple[Tensor, Tensor]]:
-    pieces = zip(data.images.split(batch_size), data.targets.split(batch_size), strict=True)
-    return [(normalized(images), targets) for images, targets in pieces]
+def augmented(data: dict[str, Images], seed: int, args: argparse.Namespace) -> DataLoader:
+    """Batches of the training images."""
+    return train_loader(data["train"], args.batch_size, seed, args.augmentation)
 
 
 def build(recipe: Recipe, seed: int, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(seed)
-    model = cifar_resnet(args.depth, 10, args.width)
+    model = build_model(args.model, args.width, args.image_size)
     return model if recipe.alone is None else extract_subnet(model, recipe.alone)
 
 
 def make_trainer(name: str, seed: int, epochs: int, args: argparse.Namespace) -> GKTTrainer:
     recipe = RECIPES[name]
     model = build(recipe, seed, args)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
-    )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    family, _ = family_of(args.model)
+    optimizer = family.make_optimizer(model, args.lr, args.weight_decay)
     config = method_config(recipe.method, image_size=args.image_size, seed=seed, **recipe.changes)
     warmup_steps = round(recipe.kd_warmup * epochs * (args.train_images // args.batch_size))
     return GKTTrainer(
         model,
         optimizer,
         config,
-        scheduler=scheduler,
+        scheduler=make_scheduler(family, optimizer, epochs),
         amp=None if args.precision == "fp32" else args.precision,
         channels_last=True,
         kd_schedule=LinearWarmup(warmup_steps) if warmup_steps else None,
@@ -257,10 +164,8 @@ def run(
     if recipe.costs_as is not None:
         epochs = round(epochs * costs[recipe.costs_as])
     trainer = make_trainer(name, seed, epochs, args)
-    folder = args.work / "-".join(map(str, run_key(name, seed, args).values())).replace(" ", "_").replace(
-        ",", ""
-    )
-    loader = train_loader(data["train"], args.batch_size, seed)
+    folder = args.work / folder_name(run_key(name, seed, args).values())
+    loader = augmented(data, seed, args)
     trainer.fit(loader, epochs=epochs, output_dir=folder, progress=False, callbacks=[CpuSeconds()])
     row = run_key(name, seed, args) | {
         "epochs_run": epochs,
@@ -293,12 +198,12 @@ def evaluate(
     test = batches(data["test"])
     result = trainer.evaluate(test)
     row = {"full": percent(result.accuracy), "full_loss": round(result.loss, 4)}
-    blocks = (args.depth - 2) // 6
-    for kept in range(1, blocks) if recipe.alone is None else ():
+    stages = trainer.gkt.stages
+    for kept in range(1, max(stage.depth for stage in stages)) if recipe.alone is None else ():
         torch.manual_seed(seed)
-        calibration = train_loader(data["train"], args.batch_size, seed)
-        result = trainer.evaluate(test, (kept,) * 3, calibration_loader=calibration)
-        row["-".join([str(kept)] * 3)] = percent(result.accuracy)
+        depths = (kept,) * len(stages)
+        result = trainer.evaluate(test, depths, calibration_loader=augmented(data, seed, args))
+        row["-".join(map(str, depths))] = percent(result.accuracy)
     return row
 
 
@@ -328,7 +233,7 @@ def measure_costs(
     names: list[str], data: dict[str, Images], args: argparse.Namespace, steps: int = 100
 ) -> dict[str, float]:
     trainers = {name: make_trainer(name, 0, args.epochs, args) for name in dict.fromkeys(["plain", *names])}
-    images, targets = next(iter(train_loader(data["train"], args.batch_size, 0)))
+    images, targets = next(iter(augmented(data, 0, args)))
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(steps + 2):
         for name, trainer in trainers.items():
@@ -346,6 +251,10 @@ def setting_of(args: argparse.Namespace) -> dict[str, object]:
 
 def run_key(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
     return setting_of(args) | {"recipe": name, "seed": seed}
+
+
+def folder_name(key: Iterable[object]) -> str:
+    return "-".join(map(str, key)).replace(" ", "_").replace(",", "")
 
 
 def read(path: Path) -> list[dict[str, str]]:

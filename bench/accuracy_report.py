@@ -1,4 +1,4 @@
-"""What `bench/accuracy.py` measured: tables (mean, spread, paired differences) and pictures.
+"""What `bench/accuracy.py` measured: tables (mean, spread, paired differences); pictures by `accuracy_pictures`.
 
     python bench/accuracy_report.py [bench/results/accuracy.csv]
 
@@ -11,24 +11,38 @@ the CPU time of one thread in the runs themselves.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from accuracy import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SETTING, read
+import accuracy_pictures
+from accuracy import SETTING, read
+from accuracy_models import title_of
+from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, RECIPES
+from accuracy_rows import (
+    Rows,
+    by,
+    cost,
+    difference,
+    inference_cost,
+    interval,
+    measured_depths,
+    picture,
+    spread,
+    title,
+    values_of,
+)
 from harness import RESULTS
 
 from gkt_fast.instruments.tables import replace_marked
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 ROOT = Path(__file__).parents[1]
 COMMAND = "python bench/accuracy_report.py --update"
-COLOURS = {name: f"C{index}" for index, name in enumerate(METHODS)}
-Rows = list[dict[str, str]]
+README_SETTINGS = (
+    {"model": "cifar_resnet20", "train_images": "1000", "epochs": "100"},
+    {"model": "cifar_resnet20", "train_images": "10000", "epochs": "15"},
+)
+"""The settings of README's table, where there are rows of them; docs/accuracy.md has all."""
 
 
 def main() -> None:
@@ -42,8 +56,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help=f"write the tables into {', '.join(DOCUMENTS)}")
     args = parser.parse_args()
     rows = [row for path in args.csv for row in read(path)]
-    for setting, group in by(rows, SETTING).items():
-        plot(group, (args.output or args.csv[0].parent) / picture(setting))
+    accuracy_pictures.write(rows, args.output or args.csv[0].parent)
     for name, write in DOCUMENTS.items():
         text = write(rows)
         print(text)
@@ -59,12 +72,18 @@ def report(rows: Rows) -> str:
         values = dict(zip(SETTING, setting, strict=True))
         parts.append(
             f"### {title(setting)}\n\n"
-            f"ResNet-{values['depth']} (width {values['width']}), batch {values['batch_size']}, learning rate "
-            f"{values['lr']}, weight decay {values['weight_decay']}, {values['precision']}, {values['test_images']} "
-            f"test images ([picture](../bench/results/{picture(setting)})).\n"
+            f"{title_of(values['model'])} (width {values['width']}), batch {values['batch_size']}, learning rate "
+            f"{values['lr']}, weight decay {values['weight_decay']}, {values['precision']}, augmentation "
+            f"{values['augmentation']}, {values['test_images']} test images "
+            f"([picture](../bench/results/{picture(setting)})).\n"
         )
         parts += [f"{heading}:\n\n{markdown(table)}" for heading, table in tables(group).items()]
     return "\n".join(["", *parts, ""])
+
+
+def readme(rows: Rows) -> str:
+    chosen = [row for row in rows if any(setting.items() <= row.items() for setting in README_SETTINGS)]
+    return headline(chosen or rows)
 
 
 def headline(rows: Rows) -> str:
@@ -83,25 +102,7 @@ def headline(rows: Rows) -> str:
     return table_of([header, *(line for line in lines if any(line[1:]))])
 
 
-def title(setting: tuple[str, ...]) -> str:
-    values = dict(zip(SETTING, setting, strict=True))
-    return (
-        f"{int(values['train_images']):,} images of {values['image_size']}x{values['image_size']}, "
-        f"{values['epochs']} epochs"
-    )
-
-
-def picture(setting: tuple[str, ...]) -> str:
-    values = dict(zip(SETTING, setting, strict=True))
-    return f"accuracy_{values['train_images']}x{values['image_size']}px_{values['epochs']}epochs.png"
-
-
-def cost(rows: Rows) -> float:
-    """Mean cost of a training, in epochs of plain training."""
-    return statistics.fmean(float(row["step_cost"]) * int(row["epochs_run"]) for row in rows)
-
-
-DOCUMENTS = {"README.md": headline, "docs/accuracy.md": report}
+DOCUMENTS = {"README.md": readme, "docs/accuracy.md": report}
 
 
 def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:
@@ -148,9 +149,16 @@ def accuracies(recipes: dict[str, Rows]) -> list[dict[str, str]]:
 def smaller(alone: dict[str, Rows], methods: dict[str, Rows]) -> list[dict[str, str]]:
     result = []
     for name, rows in alone.items():
-        depths = "-".join(map(str, RECIPES[name].alone or ()))
+        alone = RECIPES[name].alone or ()
+        depths = "-".join(map(str, alone))
         own = values_of(rows, "full")
-        row = {"depths": depths, "seeds": str(len(own)), "trained alone": spread(own.values())}
+        inference = f"{inference_cost(rows, alone):.1f}"
+        row = {
+            "depths": depths,
+            "MFLOPs per image": inference,
+            "seeds": str(len(own)),
+            "trained alone": spread(own.values()),
+        }
         for method in methods:
             values = values_of(methods[method], depths)
             if values:
@@ -176,47 +184,6 @@ def differences(recipes: dict[str, Rows], methods: dict[str, Rows]) -> list[dict
     return result
 
 
-def by(rows: Rows, columns: Iterable[str]) -> dict[tuple[str, ...], Rows]:
-    groups: dict[tuple[str, ...], Rows] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
-    return groups
-
-
-def measured_depths(rows: Rows) -> list[str]:
-    """The columns of subnets' accuracies, deepest first."""
-    found = {column for row in rows for column, value in row.items() if column[:1].isdigit() and value}
-    return sorted(found, key=lambda depths: sum(map(int, depths.split("-"))), reverse=True)
-
-
-def values_of(rows: Rows, column: str) -> dict[str, float]:
-    """Seed -> value."""
-    return {row["seed"]: float(row[column]) for row in rows if row.get(column)}
-
-
-def difference(values: dict[str, float], baseline: dict[str, float]) -> tuple[float, float] | None:
-    """Mean of the paired differences and the half width of its 95 % interval; None without two common seeds."""
-    from scipy.stats import t
-
-    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
-    if len(differences) < 2:
-        return None
-    spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * spread
-
-
-def interval(difference: tuple[float, float] | None) -> str:
-    return "" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}"
-
-
-def spread(values: Iterable[float]) -> str:
-    values = list(values)
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
-
-
 def markdown(rows: list[dict[str, str]]) -> str:
     return table_of([list(rows[0]), *(list(row.values()) for row in rows)])
 
@@ -224,69 +191,6 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def table_of(lines: list[list[str]]) -> str:
     """Markdown; the first line is the header."""
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-
-
-def plot(rows: Rows, path: Path) -> None:
-    """Accuracy of the full network against the cost of training; by depth; and, where there are runs, by budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    recipes = {name: group for (name,), group in by(rows, ["recipe"]).items()}
-    methods = {name: recipes[name] for name in METHODS if name in recipes}
-    budgets = {name: recipes[name] for name in ("plain", *BUDGETS, "gkt") if name in recipes}
-    has_budgets = not budgets.keys().isdisjoint(BUDGETS)
-    figure, axes = plt.subplots(1, 2 + has_budgets, figsize=(5.5 * (2 + has_budgets), 4.5), squeeze=False)
-    plot_cost(axes[0, 0], methods)
-    plot_depths(axes[0, 1], methods)
-    if has_budgets:
-        plot_budgets(axes[0, 2], budgets)
-    for part in axes[0]:
-        part.grid(alpha=0.3)
-        part.set_ylabel("test accuracy (%)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_cost(axes: Axes, recipes: dict[str, Rows]) -> None:
-    for name, rows in recipes.items():
-        mean, error = mean_and_error(rows, "full")
-        axes.errorbar(cost(rows), mean, error, fmt="o", capsize=3, color=COLOURS[name], label=name)
-    axes.legend(fontsize=7)
-    axes.set_xlabel("cost of training (epochs of plain training)")
-    axes.set_title("full network, with standard errors", fontsize=9)
-
-
-def plot_depths(axes: Axes, recipes: dict[str, Rows]) -> None:
-    for name, rows in recipes.items():
-        depths = [*reversed(measured_depths(rows)), "full"]
-        if len(depths) == 1:
-            continue
-        axes.plot(depths, [mean_and_error(rows, depth)[0] for depth in depths], "o-", color=COLOURS[name])
-    axes.set_xlabel("blocks kept per stage")
-    axes.set_title("subnets, in the same colours", fontsize=9)
-
-
-def plot_budgets(axes: Axes, recipes: dict[str, Rows]) -> None:
-    costs = [statistics.fmean(float(row["step_cost"]) for row in rows) for rows in recipes.values()]
-    for depth in ("full", *measured_depths([row for rows in recipes.values() for row in rows])):
-        points = [mean_and_error(rows, depth) for rows in recipes.values()]
-        axes.errorbar(costs, *zip(*points, strict=True), fmt="o-", capsize=3, label=depth)
-    axes.set_xlabel("measured cost of a step (plain steps)")
-    labels = [name.removeprefix("gkt, ") for name in recipes]
-    axes.set_title(", ".join(labels), fontsize=9)
-    axes.legend(fontsize=7)
-
-
-def mean_and_error(rows: Rows, column: str) -> tuple[float, float]:
-    """NaN, which isn't drawn, where nothing was evaluated."""
-    values = list(values_of(rows, column).values())
-    if not values:
-        return math.nan, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
 
 
 if __name__ == "__main__":

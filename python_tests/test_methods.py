@@ -325,6 +325,52 @@ def test_survival_scaling_of_several_branches_and_of_blocks_that_cant_be_traced(
     ]
 
 
+class BlockWithOptions(nn.Module):
+    """As transformers' blocks: an activation and a flag that callers may leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x, flip=False, mask=None):
+        y = self.mix(x if mask is None else x * mask)
+        return x + (-y if flip else y)
+
+
+class NetWithOptions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(BlockWithOptions() for _ in range(2))
+
+    def forward(self, x, *args, **kwargs):
+        for block in self.blocks:
+            x = block(x, *args, **kwargs)
+        return x
+
+
+def test_survival_scaling_of_blocks_with_optional_arguments(caplog):
+    torch.manual_seed(0)
+    model = NetWithOptions().double()
+    x, mask = torch.randn(3, 6, dtype=torch.float64), torch.rand(3, 6, dtype=torch.float64)
+    stages = GKT(model, stages=["blocks"]).stages
+
+    def expected(sign, mask):
+        y = x
+        for p, block in zip((0.75, 0.5), model.blocks, strict=True):
+            y = y + sign * p * block.mix(y * mask)
+        return y
+
+    with survival_scaling(model, 0.5, stages), caplog.at_level(logging.INFO, "gkt_fast"):
+        plain = expected(1, torch.ones_like(x))
+        for values in ((), (False,), (False, None)):
+            assert torch.allclose(model(x, *values), plain, rtol=1e-12)
+        for given in ({"mask": mask}, {"flip": False, "mask": mask}):
+            assert torch.allclose(model(x, **given), expected(1, mask), rtol=1e-12)
+        assert torch.allclose(model(x, True, mask), expected(-1, mask), rtol=1e-12)
+        assert torch.allclose(model(x), plain, rtol=1e-12)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_runs_every_method_and_goes_on_from_its_checkpoint(tmp_path, method):
     generator = torch.Generator().manual_seed(0)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..network.discovery import _ADDITIONS, _BlockTracer, _passes, find_stages
+from ..network.discovery import _ADDITIONS, _passes, find_stages
 from ..network.interception import Site, find_sites, intercept
 from ..subnets.sampling import survival_probabilities
 from ..subnets.subnet import Stage
@@ -32,9 +32,9 @@ def survival_scaling(
 ) -> Iterator[None]:
     """Inside the block, the residual branches of the blocks that can be dropped are scaled by 1 - drop_rate * l / L.
 
-    For evaluation. The branch is found in the graph of a block's forward, traced in the mode that the block is in when
-    it is first called; hooks on the block itself don't fire. A block that can't be traced gives x + p (block(x) - x):
-    the same where nothing follows its addition, and otherwise its mean output in training, given its input.
+    For evaluation. The branch is found in the graph of a block's forward, traced as the block is first called; hooks on
+    the block itself don't fire. A block that can't be traced gives x + p (block(x) - x): the same where nothing follows
+    its addition, and otherwise its mean output in training, given its input.
 
     Args:
         model: the network.
@@ -48,17 +48,18 @@ def survival_scaling(
         for path, probability in zip(stage.blocks, row, strict=True)
         if probability < 1.0
     }
-    scaled: dict[str, nn.Module | None] = {}
+    scaled: dict[Hashable, nn.Module | None] = {}
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         probability = probabilities[site.path]
-        if site.path not in scaled:
-            scaled[site.path] = _scaled_branch(module, probability)
-            if scaled[site.path] is None:
+        key = (site.path, *map(_form, args), *((name, _form(value)) for name, value in kwargs.items()))
+        if key not in scaled:
+            scaled[key] = _scaled_branch(module, probability, args, kwargs)
+            if scaled[key] is None:
                 logger.info("block %r can't be traced; its output is scaled, not its branch", site.path)
-        block = scaled[site.path]
+        block = scaled[key]
         if block is not None:
-            return block(*args, **kwargs)
+            return block(*_tensors(args, kwargs))
         return _interpolated(module, probability, args, kwargs)
 
     sites = [site for site in find_sites(model, stages) if site.path in probabilities]
@@ -66,10 +67,53 @@ def survival_scaling(
         yield
 
 
-def _scaled_branch(block: nn.Module, probability: float) -> nn.Module | None:
-    """The block with what is added to its input multiplied by `probability`; None where that can't be told apart."""
+_OPTIONS = (type(None), bool, int, float, str)
+"""What an argument other than a tensor may be: a value that a traced block holds fixed."""
+
+
+def _form(value: Any) -> Hashable:
+    """What two calls must have in common to run the same traced block."""
+    return (type(value), value) if isinstance(value, _OPTIONS) else type(value)
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+class _CallTracer(torch.fx.Tracer):
+    """Traces a block's own forward in one call of it: tensors are placeholders, other arguments what they are.
+
+    Everything inside the block stays a call.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        self._args = args
+        self._kwargs = kwargs
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        def placeholder(name: str, value: Any) -> Any:
+            return self.create_proxy("placeholder", name, (), {}) if isinstance(value, Tensor) else value
+
+        args = [placeholder(f"input_{index}", value) for index, value in enumerate(self._args)]
+        kwargs = {name: placeholder(name, value) for name, value in self._kwargs.items()}
+        return functools.partial(root_fn, **kwargs), [self.root, *args]
+
+
+def _scaled_branch(block: nn.Module, probability: float, args: tuple, kwargs: dict) -> nn.Module | None:
+    """The block as this call runs it, with what is added to its input multiplied by `probability`.
+
+    It takes the call's tensors. None where the branch can't be told apart, or an argument is a structure of tensors.
+    """
+    if not all(isinstance(value, (Tensor, *_OPTIONS)) for value in (*args, *kwargs.values())):
+        return None
     try:
-        graph = _BlockTracer().trace(block)
+        graph = _CallTracer(args, kwargs).trace(block)
     except Exception:  # fx raises whatever the traced code raises when it meets a proxy
         return None
     branches = _branches(graph, dict(block.named_modules()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from torchvision.io import write_png
 from gkt_fast.instruments.tables import marked, write_csv
 
 SETTING = {
-    "train_images": "8", "test_images": "8", "image_size": "8", "depth": "8", "width": "8", "epochs": "8",
-    "batch_size": "8", "lr": "8", "weight_decay": "8", "precision": "8",
+    "train_images": "8", "test_images": "8", "image_size": "8", "augmentation": "shift-mirror",
+    "model": "cifar_resnet14", "width": "8", "epochs": "8", "batch_size": "8", "lr": "8", "weight_decay": "8",
+    "precision": "8",
 }  # fmt: skip
-COST_SETTING = {"image_size": 8, "depth": 14, "width": 4, "batch_size": 10, "precision": "fp32"}
+COST_SETTING = {"image_size": 8, "model": "cifar_resnet14", "width": 4, "batch_size": 10, "precision": "fp32"}
 """Of the runs below."""
 
 
@@ -46,8 +48,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def arguments(images: Path, results: Path, *more: str) -> list[str]:
     start = (
-        f"imagefolder:{images} --train-images 40 --test-images 20 --image-size 8 --depth 14 --width 4 "
-        f"--epochs 2 --batch-size 10 --csv {results / 'a.csv'} --work {results / 'work'}"
+        f"imagefolder:{images} --train-images 40 --test-images 20 --image-size 8 --model cifar_resnet14 "
+        f"--width 4 --epochs 2 --batch-size 10 --csv {results / 'a.csv'} --work {results / 'work'}"
     )
     return [*start.split(), *more]
 
@@ -58,9 +60,9 @@ def run(images: Path, results: Path, *more: str) -> list[dict[str, str]]:
     return read(path) if path.exists() else []
 
 
-def know_costs(results: Path, costs: dict[str, float]) -> None:
+def know_costs(results: Path, costs: dict[str, float], **setting: object) -> None:
     """As if the costs had been measured before: what is in the file isn't measured again."""
-    rows = [COST_SETTING | {"recipe": name, "step_cost": cost} for name, cost in costs.items()]
+    rows = [COST_SETTING | setting | {"recipe": name, "step_cost": cost} for name, cost in costs.items()]
     write_csv(results / "a_cost.csv", rows)
 
 
@@ -89,7 +91,7 @@ def test_runs_are_kept_skipped_and_reported(images: Path, tmp_path: Path) -> Non
     assert all(
         f"| {name} |" in printed for name in ["plain, cost of gkt", "stochastic depth", "st++", "1-1-1"]
     )
-    assert (tmp_path / "accuracy_40x8px_2epochs.png").stat().st_size > 1000
+    assert (tmp_path / "accuracy_cifar_resnet14_40x8px_2epochs_shift-mirror.png").stat().st_size > 1000
 
 
 def test_runs_of_a_seed_start_alike(images: Path, tmp_path: Path) -> None:
@@ -98,6 +100,72 @@ def test_runs_of_a_seed_start_alike(images: Path, tmp_path: Path) -> None:
     rows = run(images, tmp_path, "--seeds", "0", "1", "--recipes", "plain", "plain, cost of gkt")
     losses = [row["full_loss"] for row in rows]
     assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
+
+
+TRANSFORMER = ["--model", "vit3", "--width", "8", "--augmentation", "randaugment", "--epochs", "7"]
+
+
+def test_a_transformer_s_depths_are_trained_alone_and_evaluated(images: Path, tmp_path: Path) -> None:
+    names = ["plain", "gkt", "stochastic depth", "plain 2"]
+    know_costs(tmp_path, dict.fromkeys(names, 1.0), model="vit3", width=8)
+    command = [*TRANSFORMER, "--seeds", "0", "--recipes", *names]
+    rows = run(images, tmp_path, *command)
+    assert {(row["model"], row["augmentation"], row["lr"], row["weight_decay"]) for row in rows} == {
+        ("vit3", "randaugment", "0.001", "0.05")
+    }
+    assert [row["recipe"] for row in rows] == names
+    assert [(row["1"] != "", row["2"] != "") for row in rows] == [(True, True)] * 3 + [(False, False)]
+    assert run(images, tmp_path, *command) == rows
+
+    epochs = {path.parent.name: read(path) for path in (tmp_path / "work").glob("*/summary.csv")}
+    assert len(epochs) == 4
+    for history in epochs.values():  # the warm-up, then half of a cosine in two epochs
+        rates = [float(epoch["lr"]) for epoch in history]
+        assert rates == pytest.approx([1e-3 / 6 * i for i in (1, 2, 3, 4, 5, 6)] + [5e-4], rel=1e-5)
+
+    simple = [*TRANSFORMER, "--augmentation", "shift-mirror", "--seeds", "0", "--recipes", "plain"]
+    rows = run(images, tmp_path, *simple)
+    assert len(rows) == 5 and rows[4]["full_loss"] != rows[0]["full_loss"]
+
+    printed = run_script("bench/accuracy_report.py", tmp_path / "a.csv", folder=tmp_path)
+    assert printed.count("### ViT of 3 blocks, 40 images of 8x8, 7 epochs") == 2
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "accuracy_inference.png",
+        "accuracy_vit3_40x8px_7epochs_randaugment.png",
+        "accuracy_vit3_40x8px_7epochs_shift-mirror.png",
+    }
+
+
+def test_what_does_not_fit_the_model(images: Path, tmp_path: Path) -> None:
+    """Recipes that are asked for are refused, those of a study are left out."""
+    for flags, message in (
+        (
+            [*TRANSFORMER, "--recipes", "plain", "plain 1-1-1", "st++", "plain 4"],
+            "recipes ['plain 1-1-1', 'st++', 'plain 4'] don't fit vit3: it has depths (3,)",
+        ),
+        (["--model", "resnet20"], "model is 'resnet20'; it must be cifar_resnetN"),
+    ):
+        printed = run_script(
+            "bench/accuracy.py", *arguments(images, tmp_path, *flags), folder=tmp_path, code=1
+        )
+        assert message in printed and "Traceback" not in printed
+    run(images, tmp_path, *TRANSFORMER, "--study", "alone", "--minutes", "0")
+    measured = {row["recipe"] for row in read(tmp_path / "a_cost.csv")}
+    assert measured == {"plain", "plain 2"}
+
+
+def test_committed_rows_are_not_run_again(tmp_path: Path) -> None:
+    """The defaults of a command are those of the rows in bench/results."""
+    none = torch.empty(0, 3, 16, 16, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    torch.save({"train": none, "test": none}, tmp_path / "images_16_1000_10000.pt")  # as decoded before
+    for name in ("accuracy", "accuracy_cost"):
+        shutil.copy(ROOT / "bench" / "results" / f"{name}.csv", tmp_path)
+    before = (tmp_path / "accuracy.csv").read_bytes()
+    command = "imagefolder:none --image-size 16 --csv accuracy.csv --work . --minutes 0 --seeds 0 1 --recipes"
+    recipes = ["plain", "gkt", "plain 1-1-1", "gkt, budget 1.5"]
+    printed = run_script("bench/accuracy.py", *command.split(), *recipes, folder=tmp_path)
+    assert printed == "" and (tmp_path / "accuracy.csv").read_bytes() == before
 
 
 def test_costs_are_measured_once(images: Path, tmp_path: Path) -> None:
@@ -161,6 +229,12 @@ def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> No
     _, methods, alone, budgets, choices = tables(report(rows, tmp_path)).values()
     assert [row["recipe"] for row in methods] == ["plain", "gkt", "gkt, 2 loops"]
     assert [row["difference"] for row in methods] == ["", "+10.00 ± 0.00", "+12.00 ± 0.00"]
+    block = (
+        2 * 2 * 9 * 8**2 * 64 / 1e6
+    )  # two convolutions of 8 channels on 8x8 pixels, of other shapes at the same cost
+    stem, head = 2 * 9 * 3 * 8 * 64 / 1e6, 2 * 32 * 10 / 1e6
+    first = block + 2 * 0.75 * block  # in two stages the first convolution takes half the channels
+    assert float(alone[0]["MFLOPs per image"]) == pytest.approx(stem + first + head, abs=0.05)
     assert methods[0]["CPU s per epoch"] == "2.50" and methods[0]["1-1-1"] == "20.50 ± 0.71"
     assert alone[0]["gkt"] == "50.50 ± 0.71 (+5.00 ± 0.00)" and alone[0]["plain"].endswith("(-25.00 ± 0.00)")
     assert [row["recipe"] for row in budgets] == ["plain", "gkt, budget 1.0", "gkt"]
@@ -169,13 +243,13 @@ def test_the_report_compares_each_recipe_with_its_baseline(tmp_path: Path) -> No
         "gkt, kd_weight 2": ("+3.00 ± 0.00", "+1.00 ± 0.00"),
         "gkt, ema 0, 2 loops": ("-1.00 ± 0.00", "+1.00 ± 0.00"),
     }
-    assert (tmp_path / "accuracy_8x8px_8epochs.png").stat().st_size > 1000
+    assert (tmp_path / "accuracy_cifar_resnet14_8x8px_8epochs_shift-mirror.png").stat().st_size > 1000
 
 
 def test_the_headline_puts_cost_and_accuracy_side_by_side(tmp_path: Path) -> None:
     rows = [made_up("plain", 0, 50, 20), made_up("gkt", 0, 60, 40), made_up("plain 1-1-1", 0, 45, None)]
     lines = report(rows, tmp_path).splitlines()
-    assert lines[0] == "| method | 8 images of 8x8, 8 epochs: cost | full network | depths 1-1-1 |"
+    assert lines[0] == "| method | ResNet-14, 8 images of 8x8, 8 epochs: cost | full network | depths 1-1-1 |"
     assert lines[2:6] == [
         "| plain | 1.88 | 50.00 | 20.00 |",  # 10 epochs of 1.5 plain steps for 8
         "| gkt | 1.88 | 60.00 | 40.00 |",

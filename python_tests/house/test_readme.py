@@ -38,8 +38,8 @@ SMALL = {
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
     "bench/floor.py": "--model cifar_resnet20 --batch-size 2 --steps 1 --repeats 1 --csv {tmp}/floor.csv",
     "bench/alternatives.py": "--batch-size 2 --repeats 1 --csv {tmp}/alternatives.csv",
-    "bench/accuracy.py": "--train-images 8 --test-images 8 --epochs 1 --batch-size 4 --depth 14 --width 4 --seeds 0 "
-    "--recipes plain gkt --csv {tmp}/accuracy.csv --work {tmp}/accuracy_runs",
+    "bench/accuracy.py": "--train-images 8 --test-images 8 --epochs 1 --batch-size 4 --model cifar_resnet14 --width 4 "
+    "--seeds 0 --recipes plain gkt --csv {tmp}/accuracy.csv --work {tmp}/accuracy_runs",
     "bench/accuracy_report.py": "--output {tmp}",
     "bench/overhead.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/overhead.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
