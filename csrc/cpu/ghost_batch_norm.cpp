@@ -11,11 +11,11 @@
 #include "guard.h"
 
 namespace gkt {
+
+GKT_FOR_EACH_ISA(void ghost_batch_norm_fwd(const gkt_ghost_batch_norm_params& params, int threads);
+                 void ghost_batch_norm_bwd(const gkt_ghost_batch_norm_params& params, int threads);)
+
 namespace GKT_ISA {
-
-void ghost_batch_norm_fwd(const gkt_ghost_batch_norm_params& params, int threads);
-void ghost_batch_norm_bwd(const gkt_ghost_batch_norm_params& params, int threads);
-
 namespace {
 
 template <bool backward, class Layout>
@@ -67,17 +67,6 @@ void ghost_batch_norm_bwd(const Params& p, int threads) { run<true>(p, threads);
 #if defined(GKT_ISA_baseline)
 
 namespace gkt {
-#if defined(__x86_64__)
-namespace avx2 {
-void ghost_batch_norm_fwd(const gkt_ghost_batch_norm_params& params, int threads);
-void ghost_batch_norm_bwd(const gkt_ghost_batch_norm_params& params, int threads);
-}  // namespace avx2
-namespace avx512 {
-void ghost_batch_norm_fwd(const gkt_ghost_batch_norm_params& params, int threads);
-void ghost_batch_norm_bwd(const gkt_ghost_batch_norm_params& params, int threads);
-}  // namespace avx512
-#endif
-
 namespace {
 
 void check(const gkt_ghost_batch_norm_params& p, int threads) {
@@ -92,25 +81,11 @@ void check(const gkt_ghost_batch_norm_params& p, int threads) {
 }  // namespace
 }  // namespace gkt
 
-#if defined(__x86_64__)
-#define GKT_CALL(function)                              \
-  switch (gkt::active_isa()) {                          \
-    case gkt::Isa::avx512:                              \
-      return gkt::avx512::function(*params, threads);   \
-    case gkt::Isa::avx2:                                \
-      return gkt::avx2::function(*params, threads);     \
-    default:                                            \
-      return gkt::baseline::function(*params, threads); \
-  }
-#else
-#define GKT_CALL(function) gkt::baseline::function(*params, threads)
-#endif
-
 extern "C" int gkt_ghost_batch_norm_fwd_cpu(const gkt_ghost_batch_norm_params* params,
                                             int threads) {
   return gkt::guarded([&] {
     gkt::check(*params, threads);
-    GKT_CALL(ghost_batch_norm_fwd);
+    GKT_BEST(ghost_batch_norm_fwd)(*params, threads);
   });
 }
 
@@ -118,7 +93,7 @@ extern "C" int gkt_ghost_batch_norm_bwd_cpu(const gkt_ghost_batch_norm_params* p
                                             int threads) {
   return gkt::guarded([&] {
     gkt::check(*params, threads);
-    GKT_CALL(ghost_batch_norm_bwd);
+    GKT_BEST(ghost_batch_norm_bwd)(*params, threads);
   });
 }
 

@@ -13,7 +13,7 @@ namespace {
 template <class T>
 class Planes {
   using A = typename ArithmeticOf<T>::type;
-  static constexpr int width = Vec<A>::width;
+  static constexpr int width = kWidth<A>;
 
  public:
   Planes(const Params& params, int threads)
@@ -118,7 +118,7 @@ class Planes {
       const int64_t at = n / samples * sample, row = g * p.ghost_rows + at / p.positions;
       const T* x =
           static_cast<const T*>(p.x.data) + row * p.x.batch_stride + c * p.x.channel_stride;
-      sum += load(x + at % p.positions, 1).value[0];
+      sum += load<Lanes<A>>(x + at % p.positions, 1)[0];
     }
     return sum / samples;
   }

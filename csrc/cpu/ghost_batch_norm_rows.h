@@ -147,12 +147,12 @@ class Rows {
         channels, GKT_BLOCK {
           constexpr int vectors = decltype(vectors_of_block)::value;
           for (int v = 0; v < vectors; ++v) {
-            const int lanes = v == vectors - 1 ? count : Vec<A>::width;
-            const T* x = chunk.x + c + v * Vec<A>::width;
-            Vec<A> sum = load(x, lanes);
+            const int lanes = v == vectors - 1 ? count : kWidth<A>;
+            const T* x = chunk.x + c + v * kWidth<A>;
+            Lanes<A> sum = load<Lanes<A>>(x, lanes);
             for (int sample = 1; sample < samples; ++sample)
-              sum = sum + load(x + sample * apart, lanes);
-            store(shift + c + v * Vec<A>::width, sum * Vec<A>::all(A(1) / samples), lanes);
+              sum = sum + load<Lanes<A>>(x + sample * apart, lanes);
+            store(shift + c + v * kWidth<A>, sum * broadcast<Lanes<A>>(A(1) / samples), lanes);
           }
         });
     std::memset(shift + channels, 0, 2 * channels * sizeof(A));
@@ -237,13 +237,13 @@ class Rows {
         for (int64_t row = chunk * chunk_rows; row < last; row += tile_rows)
           body(ghost, chunk, row, at_most(tile_rows, last - row));
       }
-      if (streams) stream_fence();
+      if (streams) finish_streaming();
     });
   }
 
   // Outputs that the cache can't hold anyway are written past it, which spares reading them first.
   bool can_stream() const {
-    constexpr int64_t register_bytes = Vec<A>::width * sizeof(T), too_large = 16 << 20;
+    constexpr int64_t register_bytes = kWidth<A> * sizeof(T), too_large = 16 << 20;
     const auto aligned = [&](const gkt_activation& tensor) {
       return (reinterpret_cast<uintptr_t>(tensor.data) |
               static_cast<uintptr_t>(tensor.position_stride) * sizeof(T)) %

@@ -5,11 +5,17 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/vector.h"
 
 namespace gkt {
 namespace GKT_ISA {
 namespace {
+
+// At least 8 lanes, so that a vector's bits fill bytes of a mask.
+template <class A>
+constexpr int kWidth = kLanes<A> < 8 ? 8 : kLanes<A>;
+template <class A>
+using Lanes = Vec<A, kWidth<A>>;
 
 #define GKT_UNROLL _Pragma("GCC unroll 8")
 
@@ -72,39 +78,39 @@ GKT_INLINE Strip<T> moved(Strip<T> strip, int64_t elements) {
   return strip;
 }
 
-template <class A>
-GKT_INLINE double lane_sum(Vec<A> v) {
+template <class V>
+GKT_INLINE double lane_sum(V v) {
   double sum = 0;
-  for (int lane = 0; lane < Vec<A>::width; ++lane) sum += static_cast<double>(v.value[lane]);
+  for (int lane = 0; lane < kLanesOf<V>; ++lane) sum += static_cast<double>(v[lane]);
   return sum;
 }
 
-template <class T, class A>
-GKT_INLINE void write(const Strip<T>& strip, T* to, Vec<A> v, int lanes) {
-  if (strip.streams && lanes == Vec<A>::width)
-    stream(to, v);
+template <class T, class V>
+GKT_INLINE void write(const Strip<T>& strip, T* to, V v, int lanes) {
+  if (strip.streams && lanes == kLanesOf<V>)
+    store_streaming(to, v);
   else
     store(to, v, lanes);
 }
 
 template <class A, int vectors>
 struct Registers {
-  Vec<A> of[vectors];
+  Lanes<A> of[vectors];
 
   static GKT_INLINE Registers all(A scalar) {
     Registers r;
-    GKT_UNROLL for (int v = 0; v < vectors; ++v) r.of[v] = Vec<A>::all(scalar);
+    GKT_UNROLL for (int v = 0; v < vectors; ++v) r.of[v] = broadcast<Lanes<A>>(scalar);
     return r;
   }
   static GKT_INLINE Registers read(const A* from, int count) {
     Registers r;
     GKT_UNROLL for (int v = 0; v < vectors; ++v) r.of[v] =
-        load(from + v * Vec<A>::width, v == vectors - 1 ? count : Vec<A>::width);
+        load<Lanes<A>>(from + v * kWidth<A>, v == vectors - 1 ? count : kWidth<A>);
     return r;
   }
   GKT_INLINE void write(A* to, int count) const {
     GKT_UNROLL for (int v = 0; v < vectors; ++v)
-        store(to + v * Vec<A>::width, of[v], v == vectors - 1 ? count : Vec<A>::width);
+        store(to + v * kWidth<A>, of[v], v == vectors - 1 ? count : kWidth<A>);
   }
 };
 
@@ -141,15 +147,15 @@ template <class T, class A, int vectors>
 GKT_INLINE void strip_statistics(const Strip<T>& strip, int64_t steps, int count,
                                  const Registers<A, vectors>& shift, Registers<A, vectors>& sum,
                                  Registers<A, vectors>& square) {
-  constexpr int width = Vec<A>::width;
+  constexpr int width = kWidth<A>;
   const uint32_t valid = (1u << count) - 1;
   accumulate<A, vectors>(
-      steps, sum, square, [&](int64_t step, int v, Vec<A>& first, Vec<A>& second) {
+      steps, sum, square, [&](int64_t step, int v, Lanes<A>& first, Lanes<A>& second) {
         const int lanes = v == vectors - 1 ? count : width;
-        Vec<A> d = load(strip.x + step * strip.x_step + v * width, lanes) - shift.of[v];
-        if (lanes < width) d = d.where(valid);
-        first = first + d;
-        second = fma(d, d, second);
+        Lanes<A> d = load<Lanes<A>>(strip.x + step * strip.x_step + v * width, lanes) - shift.of[v];
+        if (lanes < width) d = where(d, valid);
+        first += d;
+        second += d * d;
       });
 }
 
@@ -157,18 +163,18 @@ template <class T, class A, int vectors, bool relu, bool has_residual>
 GKT_INLINE void strip_forward(const Strip<T>& strip, int64_t steps, int count,
                               const Registers<A, vectors>& mean, const Registers<A, vectors>& scale,
                               const Registers<A, vectors>& offset) {
-  constexpr int width = Vec<A>::width;
+  constexpr int width = kWidth<A>;
   for (int64_t step = 0; step < steps; ++step) {
     GKT_UNROLL for (int v = 0; v < vectors; ++v) {
       const int lanes = v == vectors - 1 ? count : width;
-      const Vec<A> x = load(strip.x + step * strip.x_step + v * width, lanes);
-      Vec<A> y = fma(x - mean.of[v], scale.of[v], offset.of[v]);
+      const Lanes<A> x = load<Lanes<A>>(strip.x + step * strip.x_step + v * width, lanes);
+      Lanes<A> y = (x - mean.of[v]) * scale.of[v] + offset.of[v];
       if (has_residual)
-        y = y + load(strip.residual + step * strip.residual_step + v * width, lanes);
+        y = y + load<Lanes<A>>(strip.residual + step * strip.residual_step + v * width, lanes);
       if (relu) {
-        store_bits<width>(strip.mask + step * strip.mask_step + v * (width / 8), y.positive(),
+        store_bits<width>(strip.mask + step * strip.mask_step + v * (width / 8), positive_bits(y),
                           lanes);
-        y = y.relu();
+        y = rectified(y);
       }
       write(strip, strip.y + step * strip.y_step + v * width, y, lanes);
     }
@@ -176,12 +182,12 @@ GKT_INLINE void strip_forward(const Strip<T>& strip, int64_t steps, int count,
 }
 
 template <class T, class A, bool relu>
-GKT_INLINE Vec<A> grad_before_relu(const Strip<T>& strip, int64_t step, int v, int lanes) {
-  constexpr int width = Vec<A>::width;
-  const Vec<A> grad = load(strip.grad_y + step * strip.grad_y_step + v * width, lanes);
+GKT_INLINE Lanes<A> grad_before_relu(const Strip<T>& strip, int64_t step, int v, int lanes) {
+  constexpr int width = kWidth<A>;
+  const Lanes<A> grad = load<Lanes<A>>(strip.grad_y + step * strip.grad_y_step + v * width, lanes);
   if (!relu) return grad;
   const uint8_t* mask = strip.mask + step * strip.mask_step + v * (width / 8);
-  return grad.where(load_bits<width>(mask, lanes));
+  return where(grad, load_bits<width>(mask, lanes));
 }
 
 // sum += dz, product += dz * (x - mean), with dz the gradient before the ReLU.
@@ -189,15 +195,15 @@ template <class T, class A, int vectors, bool relu>
 GKT_INLINE void strip_backward_sums(const Strip<T>& strip, int64_t steps, int count,
                                     const Registers<A, vectors>& mean, Registers<A, vectors>& sum,
                                     Registers<A, vectors>& product) {
-  constexpr int width = Vec<A>::width;
-  accumulate<A, vectors>(steps, sum, product,
-                         [&](int64_t step, int v, Vec<A>& first, Vec<A>& second) {
-                           const int lanes = v == vectors - 1 ? count : width;
-                           const Vec<A> x = load(strip.x + step * strip.x_step + v * width, lanes);
-                           const Vec<A> dz = grad_before_relu<T, A, relu>(strip, step, v, lanes);
-                           first = first + dz;
-                           second = fma(dz, x - mean.of[v], second);
-                         });
+  constexpr int width = kWidth<A>;
+  accumulate<A, vectors>(
+      steps, sum, product, [&](int64_t step, int v, Lanes<A>& first, Lanes<A>& second) {
+        const int lanes = v == vectors - 1 ? count : width;
+        const Lanes<A> x = load<Lanes<A>>(strip.x + step * strip.x_step + v * width, lanes);
+        const Lanes<A> dz = grad_before_relu<T, A, relu>(strip, step, v, lanes);
+        first += dz;
+        second += dz * (x - mean.of[v]);
+      });
 }
 
 // dx = scale * dz + slope * (x - mean) + offset.
@@ -207,15 +213,15 @@ GKT_INLINE void strip_backward(const Strip<T>& strip, int64_t steps, int count,
                                const Registers<A, vectors>& scale,
                                const Registers<A, vectors>& slope,
                                const Registers<A, vectors>& offset) {
-  constexpr int width = Vec<A>::width;
+  constexpr int width = kWidth<A>;
   for (int64_t step = 0; step < steps; ++step) {
     GKT_UNROLL for (int v = 0; v < vectors; ++v) {
       const int lanes = v == vectors - 1 ? count : width;
-      const Vec<A> x = load(strip.x + step * strip.x_step + v * width, lanes);
-      const Vec<A> dz = grad_before_relu<T, A, relu>(strip, step, v, lanes);
+      const Lanes<A> x = load<Lanes<A>>(strip.x + step * strip.x_step + v * width, lanes);
+      const Lanes<A> dz = grad_before_relu<T, A, relu>(strip, step, v, lanes);
       if (has_residual)
         write(strip, strip.grad_residual + step * strip.grad_residual_step + v * width, dz, lanes);
-      const Vec<A> dx = fma(dz, scale.of[v], fma(x - mean.of[v], slope.of[v], offset.of[v]));
+      const Lanes<A> dx = dz * scale.of[v] + ((x - mean.of[v]) * slope.of[v] + offset.of[v]);
       write(strip, strip.grad_x + step * strip.grad_x_step + v * width, dx, lanes);
     }
   }
@@ -224,7 +230,7 @@ GKT_INLINE void strip_backward(const Strip<T>& strip, int64_t steps, int count,
 // y = residual and a mask that lets every gradient pass, for a dropped ghost batch.
 template <class T, class A, int vectors>
 GKT_INLINE void strip_copy(const Strip<T>& strip, int64_t steps, int count) {
-  constexpr int width = Vec<A>::width;
+  constexpr int width = kWidth<A>;
   const std::size_t bytes = ((vectors - 1) * width + count) * sizeof(T);
   for (int64_t step = 0; step < steps; ++step) {
     std::memcpy(strip.y + step * strip.y_step, strip.residual + step * strip.residual_step, bytes);
@@ -238,7 +244,7 @@ GKT_INLINE void strip_copy(const Strip<T>& strip, int64_t steps, int count) {
 // dx = 0 and the residual's gradient is y's, for a dropped ghost batch.
 template <class T, class A, int vectors, bool has_residual>
 GKT_INLINE void strip_drop(const Strip<T>& strip, int64_t steps, int count) {
-  const std::size_t bytes = ((vectors - 1) * Vec<A>::width + count) * sizeof(T);
+  const std::size_t bytes = ((vectors - 1) * kWidth<A> + count) * sizeof(T);
   for (int64_t step = 0; step < steps; ++step) {
     if (strip.grad_x) std::memset(strip.grad_x + step * strip.grad_x_step, 0, bytes);
     if (has_residual)
@@ -256,8 +262,8 @@ struct Int {
 // `channels`.
 template <class A, class Body>
 GKT_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
-  constexpr int width = Vec<A>::width;
-  constexpr int most = sizeof(typename Vec<A>::raw) == 64 && width == 16 ? 4 : 2;
+  constexpr int width = kWidth<A>;
+  constexpr int most = width == 16 ? 4 : 2;
   int64_t c = 0;
   for (; c + most * width <= channels; c += most * width) body(Int<most>{}, c, width);
   if (most == 4 && c + 2 * width <= channels) {

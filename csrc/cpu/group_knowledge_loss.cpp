@@ -2,9 +2,15 @@
 #include <type_traits>
 
 #include "cpu/group_knowledge_loss_tile.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace gkt {
+
+GKT_FOR_EACH_ISA(size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params& params);
+                 void group_knowledge_loss_run(const gkt_group_knowledge_loss_params& params,
+                                               const GroupKnowledgeLossPlan& plan);)
+
 namespace GKT_ISA {
 namespace {
 
@@ -99,24 +105,10 @@ void group_knowledge_loss_run(const Params& p, const GroupKnowledgeLossPlan& pla
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "guard.h"
 
 namespace gkt {
-
-#if defined(__x86_64__)
-namespace avx2 {
-size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
-void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&,
-                              const GroupKnowledgeLossPlan&);
-}  // namespace avx2
-namespace avx512 {
-size_t group_knowledge_loss_scratch(const gkt_group_knowledge_loss_params&);
-void group_knowledge_loss_run(const gkt_group_knowledge_loss_params&,
-                              const GroupKnowledgeLossPlan&);
-}  // namespace avx512
-#endif
 
 namespace {
 
@@ -188,19 +180,6 @@ void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPl
 
 void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads) {
   check(p);
-  size_t (*scratch)(const gkt_group_knowledge_loss_params&) =
-      baseline::group_knowledge_loss_scratch;
-  void (*run)(const gkt_group_knowledge_loss_params&, const GroupKnowledgeLossPlan&) =
-      baseline::group_knowledge_loss_run;
-#if defined(__x86_64__)
-  if (active_isa() == Isa::avx2) {
-    scratch = avx2::group_knowledge_loss_scratch;
-    run = avx2::group_knowledge_loss_run;
-  } else if (active_isa() == Isa::avx512) {
-    scratch = avx512::group_knowledge_loss_scratch;
-    run = avx512::group_knowledge_loss_run;
-  }
-#endif
   const int64_t rows = count_rows(p);
   const int64_t counted = p.probabilities ? rows : count_class_indices(p, rows);
   GroupKnowledgeLossPlan plan{};
@@ -217,12 +196,13 @@ void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads)
     if (p.gradient != nullptr)  // it is dense, whatever the order of its dimensions
       prefer_huge_pages(p.gradient, static_cast<size_t>(plan.gradient_bytes));
     constexpr size_t kAlignment = 64;
-    plan.scratch_bytes = (scratch(p) + kAlignment - 1) / kAlignment * kAlignment;
+    plan.scratch_bytes =
+        (GKT_BEST(group_knowledge_loss_scratch)(p) + kAlignment - 1) / kAlignment * kAlignment;
     const size_t bytes = plan.scratch_bytes * static_cast<size_t>(plan.threads);
     std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
     if (memory == nullptr) throw std::bad_alloc();
     plan.scratch = memory.get();
-    run(p, plan);
+    GKT_BEST(group_knowledge_loss_run)(p, plan);
   }
   if (p.dtype == GKT_FLOAT64)
     finish<double>(p, plan);

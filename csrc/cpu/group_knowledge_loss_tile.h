@@ -1,36 +1,17 @@
 // A tile of rows of group_knowledge_loss on the CPU: one walk over its streams, with everything
-// between the logits and their gradient in scratch memory that stays in cache.
-//
-// The same code runs in two arrangements. A vector holds W classes of one row, and reductions over
-// classes end across its lanes; or, for few classes and for dense prediction, it holds one class of
-// W rows, and nothing crosses lanes. "Vector i" below is the i-th group of classes, or the i-th
-// class.
+// between the logits and their gradient in scratch memory that stays in cache. The same code runs
+// in both arrangements of group_knowledge_loss_rows.h.
 #pragma once
 
 #include <cstddef>
 #include <type_traits>
 
-#include "cpu/vector.h"
-#include "gkt_abi.h"
+#include "cpu/group_knowledge_loss_rows.h"
 
 namespace gkt {
 
-// The rows are cut into chunks whose number depends on the problem alone, and every chunk adds up
-// its own sums: the result is the same for any number of threads.
-struct GroupKnowledgeLossPlan {
-  int64_t chunks;
-  double* sums;          // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
-  char* scratch;         // (threads, scratch_bytes), aligned to 64 bytes
-  size_t scratch_bytes;  // per thread
-  double ce_rows, kd_rows;  // how many rows the means of CE and kd count
-  int threads;
-  int64_t gradient_bytes;
-};
-
 namespace GKT_ISA {
 namespace {
-
-using Params = gkt_group_knowledge_loss_params;
 
 enum class CrossEntropy { none, indices, probabilities };
 
@@ -43,25 +24,13 @@ struct Softmax {
   V slope, top;  // n(x) = (x - max) * slope + top, where logits are normalised
 };
 
-// Whether a vector has unused lanes, as a type.
-template <bool kValue>
-struct Last {
-  static constexpr bool value = kValue;
-};
-
 template <class T, bool kRowsInLanes>
-class Tile {
- public:
-  using Real = typename ArithmeticOf<T>::type;
-  using V = Vec<Real>;
-  using I = IntVec<Real>;
-  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-  static constexpr int W = kLanes<Real>;
-  // A gradient beyond the caches is written past them.
-  static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
-  static constexpr int kRows = kRowsInLanes ? W : 1;
+class Tile : public TileRows<T, kRowsInLanes> {
+  using Base = TileRows<T, kRowsInLanes>;
 
-  static int64_t vectors(int64_t classes) { return kRowsInLanes ? classes : (classes + W - 1) / W; }
+ public:
+  using Base::kRows, Base::vectors, Base::W;
+  using typename Base::Real, typename Base::V;
 
   // Scratch: two rows of classes per softmax kept (one per teaching group, and the student's), the
   // raw exponentials of a cross entropy, the probability targets, q - p, and the gradient.
@@ -72,18 +41,12 @@ class Tile {
   }
 
   Tile(const Params& p, const GroupKnowledgeLossPlan& plan, int thread)
-      : p_(p),
-        n_(vectors(p.classes)),
-        tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
+      : Base(p, plan),
         temperature_(static_cast<Real>(p.temperature)),
         ce_scale_(static_cast<Real>(p.gradient_scale / plan.ce_rows)),
         kd_scale_(static_cast<Real>(p.gradient_scale / plan.kd_rows)),
         logits_(static_cast<const T*>(p.logits)),
-        gradient_(static_cast<T*>(p.gradient)),
-        large_(plan.gradient_bytes >= kStreamingBytes &&
-               (kRowsInLanes ? p.gradient_row_strides[p.row_dims - 1] == 1 &&
-                                   p.gradient_class_stride % W == 0
-                             : p.gradient_class_stride == 1)) {
+        gradient_(static_cast<T*>(p.gradient)) {
     next_ = reinterpret_cast<V*>(plan.scratch + plan.scratch_bytes * static_cast<size_t>(thread));
     knowledge_ = reinterpret_cast<Softmax<V>*>(next_);
     next_ += kept(p) * static_cast<int64_t>(sizeof(Softmax<V>) / sizeof(V));
@@ -99,17 +62,18 @@ class Tile {
   void run(int64_t logits_row, int64_t gradient_row, int64_t targets_row, int count, double* sums) {
     logits_row_ = logits_row;
     gradient_row_ = gradient_row;
-    count_ = count;
-    const int inner = p_.row_dims - 1;
-    logits_step_ = p_.logits_row_strides[inner];
-    gradient_step_ = p_.gradient_row_strides[inner];
-    ahead_step_ = kRowsInLanes && logits_step_ == 1 ? p_.logits_class_stride : W;
-    result_step_ = kRowsInLanes && gradient_step_ == 1 ? p_.gradient_class_stride : W;
-    load_targets(targets_row, p_.targets_row_strides[inner]);
+    begin_rows(count);
+    load_targets(targets_row, p_.targets_row_strides[p_.row_dims - 1]);
     for (int64_t s = 0; s < p_.streams; ++s) stream(s, sums);
   }
 
  private:
+  using I = Ints<V>;
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  using Base::ahead_, Base::ahead_step_, Base::begin_rows, Base::begin_stream, Base::count_;
+  using Base::for_vectors, Base::load_rows, Base::logits_step_, Base::n_, Base::output_, Base::p_;
+  using Base::result_, Base::result_step_, Base::store_scattered;
+
   static int64_t kept(const Params& p) { return p.streams - 1 > p.groups ? p.groups : 1; }
 
   V* take() {
@@ -123,24 +87,10 @@ class Tile {
     softmax.e = take();
   }
 
-  // Calls body(i, last) for every vector; `last` tells of unused lanes.
-  template <class Body>
-  void for_vectors(const Body& body) const {
-    const int64_t whole = tail_ == W ? n_ : n_ - 1;
-    for (int64_t i = 0; i < whole; ++i) body(i, Last<false>{});
-    if (whole < n_) body(whole, Last<true>{});
-  }
-
-  // Zero in the unused lanes of the last vector.
-  template <bool kLast>
-  V used(V v, Last<kLast>) const {
-    return kLast && !kRowsInLanes ? (lane_indices<Real>() < tail_ ? v : V{}) : v;
-  }
-
   // Reduces over classes; the result is in every lane that needs it.
-  static V sum_classes(V v) { return kRowsInLanes ? v : add_lanes<Real>(v); }
-  static V max_classes(V v) { return kRowsInLanes ? v : maximum_lanes<Real>(v); }
-  static V first_class(const V* x) { return kRowsInLanes ? x[0] : broadcast(x[0][0]); }
+  static V sum_classes(V v) { return kRowsInLanes ? v : add_lanes(v); }
+  static V max_classes(V v) { return kRowsInLanes ? v : maximum_lanes(v); }
+  static V first_class(const V* x) { return kRowsInLanes ? x[0] : broadcast<V>(x[0][0]); }
 
   // Adds the rows for which `counted` holds. Lanes are read from memory: an index that is not a
   // constant would send the whole vector there and back for each of them.
@@ -153,7 +103,7 @@ class Tile {
   }
 
   void load_targets(int64_t row, int64_t step) {
-    const I rows = kRowsInLanes ? lane_indices<Real>() < count_ : I{} == 0;
+    const I rows = kRowsInLanes ? lane_indices<V>() < count_ : I{} == 0;
     if (p_.probabilities) {
       const Real* from = static_cast<const Real*>(p_.targets) + row;
       load_rows(from, step, p_.targets_class_stride, Real{0}, targets_);
@@ -162,7 +112,7 @@ class Tile {
       V total{};
       for_vectors([&](int64_t i, auto last) {
         targets_[i] = targets_[i] * keep + uniform;
-        total += used(targets_[i], last);
+        total += this->used(targets_[i], last);
       });
       target_total_ = sum_classes(total);
       ce_counted_ = rows;
@@ -181,80 +131,6 @@ class Tile {
     kd_counted_ = p_.distill_ignored ? rows : ce_counted_;
   }
 
-  // Reads the tile's rows into x, converted; unused lanes of the last vector get `padding`.
-  template <class From>
-  void load_rows(const From* from, int64_t row_step, int64_t class_step, Real padding, V* x) const {
-    Real* to = reinterpret_cast<Real*>(x);
-    if (kRowsInLanes && row_step == 1) {
-      if (count_ == W)
-        for (int64_t i = 0; i < n_; ++i) x[i] = load(from + i * class_step);
-      else
-        for (int64_t i = 0; i < n_; ++i)
-          x[i] = load_partial(from + i * class_step, count_, Real{0});
-    } else if (kRowsInLanes) {
-      int64_t begin = 0;
-      if constexpr (std::is_same_v<From, float>) {
-        if (class_step == 1 && count_ == W)
-          for (; begin + 4 <= n_; begin += 4)
-            for (int j = 0; j < W; j += 4)
-              transpose_4x4(from + j * row_step + begin, row_step, to + begin * W + j, W);
-      }
-      for (int j = 0; j < W; ++j)
-        for (int64_t i = begin; i < n_; ++i)
-          to[i * W + j] = j < count_ ? to_arithmetic(from[j * row_step + i * class_step]) : Real{0};
-    } else if (class_step == 1) {
-      for_vectors([&](int64_t i, auto last) {
-        x[i] = last.value ? load_partial(from + i * W, tail_, padding) : load(from + i * W);
-      });
-    } else {
-      for (int64_t c = 0; c < p_.classes; ++c) to[c] = to_arithmetic(from[c * class_step]);
-      for (int64_t c = p_.classes; c < n_ * W; ++c) to[c] = padding;
-    }
-  }
-
-  // The gradient's vector i: to memory where rows or classes are adjacent there, else to scratch.
-  template <bool kLast>
-  void put(T* to, int64_t i, V g, Last<kLast>) const {
-    const int64_t class_step = p_.gradient_class_stride;
-    if (kRowsInLanes && gradient_step_ == 1) {
-      if (streaming_)
-        store_streaming(to + i * class_step, g);
-      else if (count_ == W)
-        store(to + i * class_step, g);
-      else
-        store_partial(to + i * class_step, g, count_);
-    } else if (!kRowsInLanes && class_step == 1) {
-      if (kLast)
-        store_partial(to + i * W, g, tail_);
-      else if (streaming_)
-        store_streaming(to + i * W, g);
-      else
-        store(to + i * W, g);
-    } else {
-      output_[i] = g;
-    }
-  }
-
-  void store_scattered(T* to) const {
-    const Real* from = reinterpret_cast<const Real*>(output_);
-    const int64_t class_step = p_.gradient_class_stride;
-    if (kRowsInLanes && gradient_step_ != 1) {
-      int64_t begin = 0;
-      if constexpr (std::is_same_v<T, float>) {
-        if (class_step == 1 && count_ == W)
-          for (; begin + 4 <= n_; begin += 4)
-            for (int j = 0; j < W; j += 4)
-              transpose_4x4(from + begin * W + j, W, to + j * gradient_step_ + begin,
-                            gradient_step_);
-      }
-      for (int j = 0; j < count_; ++j)
-        for (int64_t i = begin; i < n_; ++i)
-          from_arithmetic(from[i * W + j], to + j * gradient_step_ + i * class_step);
-    } else if (!kRowsInLanes && class_step != 1) {
-      for (int64_t c = 0; c < p_.classes; ++c) from_arithmetic(from[c], to + c * class_step);
-    }
-  }
-
   void stream(int64_t s, double* sums) {
     const int64_t group = s == 0 ? 0 : (s - 1) % p_.groups + 1;
     const bool first_loop = s <= p_.groups;
@@ -268,10 +144,8 @@ class Tile {
     Coefficients k{};
     T* to =
         gradient_ == nullptr ? nullptr : gradient_ + s * p_.gradient_stream_stride + gradient_row_;
-    streaming_ = large_ && count_ == kRows && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-    ahead_ = logits_ + (s + 1 < p_.streams ? (s + 1) * p_.logits_stream_stride + logits_row_
-                                           : logits_row_ + kRows * logits_step_);
-    result_ = gradient_ == nullptr || streaming_ ? nullptr : to;
+    begin_stream(to, logits_ + (s + 1 < p_.streams ? (s + 1) * p_.logits_stream_stride + logits_row_
+                                                   : logits_row_ + kRows * logits_step_));
     soften(q);
     if (s > 0) add_rows(sums + s, compare(q, knowledge_[slot(group - 1)], k), kd_counted_);
     if (has_ce) {
@@ -318,7 +192,7 @@ class Tile {
     if (needs_mean) {
       for_vectors([&](int64_t i, auto last) {
         max = maximum(q.x[i], max);
-        sum += used(q.x[i] - shift, last);
+        sum += this->used(q.x[i] - shift, last);
       });
     } else {
       for_vectors([&](int64_t i, auto) { max = maximum(q.x[i], max); });
@@ -328,12 +202,12 @@ class Tile {
     const V mean = sum_classes(sum) * per_class;  // of x - shift, which keeps all-equal rows exact
     max_minus_mean_ = (q.max - shift) - mean;
     if (!p_.normalize_logits) {
-      q.scale = broadcast(1 / temperature_);
+      q.scale = broadcast<V>(1 / temperature_);
       return;
     }
     V squares{};
     for_vectors([&](int64_t i, auto last) {
-      const V centered = used(q.x[i] - shift - mean, last);
+      const V centered = this->used(q.x[i] - shift - mean, last);
       squares += centered * centered;
     });
     const V variance = sum_classes(squares) * per_class;
@@ -392,10 +266,10 @@ class Tile {
       const V change = near ? series + p * d : apart;
       divergence += near ? series : apart - (p == 0 ? V{} : p * d);  // 0 log 0 = 0, also for -inf
       difference[i] = change;
-      if (kNormalized) dot += used(change * (student_d * temperature + top), last);
+      if (kNormalized) dot += this->used(change * (student_d * temperature + top), last);
     });
     const Real weight = static_cast<Real>(p_.kd_weight) * temperature_ * kd_scale_;
-    k.difference = kd_counted_ ? broadcast(weight) : V{};
+    k.difference = kd_counted_ ? broadcast<V>(weight) : V{};
     if (kNormalized) {
       // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = weight * (q - p), whose sum is zero.
       const V mean = sum_classes(dot) * static_cast<Real>(1.0 / static_cast<double>(p_.classes));
@@ -418,7 +292,7 @@ class Tile {
     cross_entropy_e_ = shared ? q.e : raw_;
     sum = sum_classes(sum);
     const V log_sum = shared ? q.log_sum : logarithm<Real>(sum);
-    const V row_weight = ce_counted_ ? broadcast(weight * ce_scale_) : V{};
+    const V row_weight = ce_counted_ ? broadcast<V>(weight * ce_scale_) : V{};
     const V softmax = row_weight * (shared ? q.inverse_sum : 1 / sum);
     const Real smoothing = static_cast<Real>(p_.label_smoothing);
     k.one_hot = row_weight;
@@ -426,7 +300,7 @@ class Tile {
     if (p_.probabilities) {
       k.softmax *= target_total_;
       for_vectors([&](int64_t i, auto last) {
-        total += used(targets_[i] * ((q.max - q.x[i]) + log_sum), last);
+        total += this->used(targets_[i] * ((q.max - q.x[i]) + log_sum), last);
       });
       return sum_classes(total);
     }
@@ -436,7 +310,7 @@ class Tile {
     Real chosen[W];
     for (int j = 0; j < W; ++j)
       chosen[j] = kRowsInLanes ? x[int64_t{labels_[j]} * W + j] : x[labels_[j]];
-    const V nll = (q.max - load(chosen)) + log_sum;
+    const V nll = (q.max - load<V>(chosen)) + log_sum;
     if (p_.label_smoothing == 0) return nll;
     return nll * (1 - smoothing) + (max_minus_mean_ + log_sum) * smoothing;
   }
@@ -464,11 +338,11 @@ class Tile {
       if (kCe != CrossEntropy::none) g += raw[i] * k.softmax;
       if (kCe == CrossEntropy::probabilities) g -= targets_[i] * k.one_hot;
       if (kCe == CrossEntropy::indices) {
-        const I index = kRowsInLanes ? I{} + static_cast<int>(i)
-                                     : lane_indices<Real>() + static_cast<int>(i * W);
+        const I index =
+            kRowsInLanes ? I{} + static_cast<int>(i) : lane_indices<V>() + static_cast<int>(i * W);
         g -= k.uniform + (index == label ? k.one_hot : V{});
       }
-      put(to, i, g, last);
+      this->put(to, i, g, last);
     });
   }
 
@@ -476,7 +350,7 @@ class Tile {
   void average(Softmax<V>& knowledge, const Softmax<V>& q, bool pure) {
     const Real ema = static_cast<Real>(p_.ema), rest = static_cast<Real>(1 - p_.ema);
     const bool old_is_raw = p_.normalize_logits && pure, new_is_raw = p_.normalize_logits;
-    V max = broadcast(-static_cast<Real>(__builtin_inf()));
+    V max = broadcast<V>(-static_cast<Real>(__builtin_inf()));
     for_vectors([&](int64_t i, auto) {
       V old = knowledge.x[i], latest = q.x[i];
       if (old_is_raw) old = (old - knowledge.max) * knowledge.slope + knowledge.top;
@@ -485,29 +359,20 @@ class Tile {
       max = maximum(knowledge.x[i], max);
     });
     knowledge.max = max_classes(max);
-    knowledge.scale = broadcast(1 / temperature_);
+    knowledge.scale = broadcast<V>(1 / temperature_);
     soften(knowledge);
   }
 
-  const Params& p_;
-  const int64_t n_;  // vectors per row
-  const int tail_;   // lanes in use of the last vector
   const Real temperature_, ce_scale_, kd_scale_;
   const T* const logits_;
   T* const gradient_;
-  const bool large_;
-  bool streaming_ = false;
   V* next_ = nullptr;
   Softmax<V>* knowledge_;
   Softmax<V> student_;
-  V *raw_, *targets_, *difference_, *output_;
+  V *raw_, *targets_, *difference_;
   const V* cross_entropy_e_ = nullptr;
 
-  int64_t logits_row_ = 0, gradient_row_ = 0, logits_step_ = 0, gradient_step_ = 0;
-  // Memory to have at hand: the logits of the next stream, and where the gradient goes.
-  const T *ahead_ = nullptr, *result_ = nullptr;
-  int64_t ahead_step_ = 0, result_step_ = 0;
-  int count_ = 0;      // rows in the tile
+  int64_t logits_row_ = 0, gradient_row_ = 0;
   Index labels_[W]{};  // class indices, 0 for a row without one
   I label_{}, ce_counted_{}, kd_counted_{};
   V target_total_{}, max_minus_mean_{};

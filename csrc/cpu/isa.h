@@ -15,3 +15,29 @@ Isa active_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace gkt
+
+// GKT_FOR_EACH_ISA(declarations) puts them into the namespace of every instruction set that is
+// built; GKT_BEST(function) is the address of the one that this CPU runs. The
+// former goes into namespace gkt, where the functions are.
+#if defined(__x86_64__)
+#define GKT_FOR_EACH_ISA(...) \
+  namespace baseline {        \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__                 \
+  }
+#define GKT_BEST(function)                                              \
+  (::gkt::active_isa() == ::gkt::Isa::avx512 ? &::gkt::avx512::function \
+   : ::gkt::active_isa() == ::gkt::Isa::avx2 ? &::gkt::avx2::function   \
+                                             : &::gkt::baseline::function)
+#else
+#define GKT_FOR_EACH_ISA(...) \
+  namespace baseline {        \
+  __VA_ARGS__                 \
+  }
+#define GKT_BEST(function) (&::gkt::baseline::function)
+#endif

@@ -1,9 +1,11 @@
-// Vectors of the instruction set being compiled (GKT_ISA): types, loads and stores of every dtype,
-// exp and log. Everything is local to the file that includes it (see cpu/isa.h).
+// Vectors of the instruction set being compiled (GKT_ISA), as GCC and clang have them: arithmetic,
+// comparisons and ?: are the language's own. Here are their types, loads and stores of every dtype,
+// what crosses lanes, exp and log. Everything is local to the file that includes it (cpu/isa.h).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/half.h"
 
@@ -20,112 +22,181 @@ constexpr int kVectorBytes = 16;
 #endif
 
 template <class Real>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
-};
-
-template <class Real>
-using Vec = typename VectorOf<Real>::Type;
-template <class Real>
-using IntVec = typename VectorOf<Real>::Int;
-template <class Real>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Real));
 
-template <class Real>
-inline Vec<Real> broadcast(Real value) {
-  return value - Vec<Real>{};
+template <class Real, int lanes>
+struct VectorOf {
+  typedef Real Type __attribute__((vector_size(lanes * sizeof(Real))));
+};
+
+// As many values as a register holds, or a power of two of them: more take several registers.
+template <class Real, int lanes = kLanes<Real>>
+using Vec = typename VectorOf<Real, lanes>::Type;
+
+template <class V>
+using Element = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
+// What a comparison gives: all bits of a lane, or none.
+template <class V>
+using Ints = decltype(V{} == V{});
+template <class V>
+constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Element<V>));
+
+template <class V>
+GKT_INLINE V broadcast(Element<V> value) {
+  return value - V{};
 }
 
-template <class Real>
-inline IntVec<Real> lane_indices() {
-  IntVec<Real> lanes;
-  for (int j = 0; j < kLanes<Real>; ++j) lanes[j] = j;
+template <class V>
+GKT_INLINE Ints<V> lane_indices() {
+  Ints<V> lanes;
+  for (int j = 0; j < kLanesOf<V>; ++j) lanes[j] = j;
   return lanes;
 }
 
 template <class V>
-inline V maximum(V a, V b) {
+GKT_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
 // The value of the lane whose index differs in the bit `distance`.
-template <class Real>
-inline Vec<Real> swap_lanes(Vec<Real> v, int distance) {
+template <class V>
+GKT_INLINE V swap_lanes(V v, int distance) {
 #if defined(__clang__)
-  Vec<Real> swapped;
-  for (int j = 0; j < kLanes<Real>; ++j) swapped[j] = v[j ^ distance];
+  V swapped;
+  for (int j = 0; j < kLanesOf<V>; ++j) swapped[j] = v[j ^ distance];
   return swapped;
 #else
-  return __builtin_shuffle(v, lane_indices<Real>() ^ distance);
+  return __builtin_shuffle(v, lane_indices<V>() ^ distance);
 #endif
 }
 
 // Reductions leave the result in every lane.
-template <class Real>
-inline Vec<Real> add_lanes(Vec<Real> v) {
+template <class V>
+GKT_INLINE V add_lanes(V v) {
 #pragma GCC unroll 8
-  for (int distance = kLanes<Real> / 2; distance > 0; distance /= 2)
-    v += swap_lanes<Real>(v, distance);
+  for (int distance = kLanesOf<V> / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);
   return v;
 }
 
-template <class Real>
-inline Vec<Real> maximum_lanes(Vec<Real> v) {
+template <class V>
+GKT_INLINE V maximum_lanes(V v) {
 #pragma GCC unroll 8
-  for (int distance = kLanes<Real> / 2; distance > 0; distance /= 2)
-    v = maximum(v, swap_lanes<Real>(v, distance));
+  for (int distance = kLanesOf<V> / 2; distance > 0; distance /= 2)
+    v = maximum(v, swap_lanes(v, distance));
   return v;
 }
 
-inline Vec<float> load(const float* from) {
-  Vec<float> v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-inline Vec<double> load(const double* from) {
-  Vec<double> v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-inline void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
-inline void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
+// Bit masks, a bit per lane, lane 0 lowest.
 
-template <class Half>
-inline Vec<float> load(const Half* from) {
-  Halves<Vec<float>> bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return widen<Vec<float>>(bits, Half{});
+// Which lanes pass a ReLU: not (v <= 0), so that NaN does.
+template <class V>
+GKT_INLINE uint32_t positive_bits(V v) {
+#if defined(GKT_ISA_avx512)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#elif defined(GKT_ISA_avx2)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return static_cast<uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+#endif
+  const Ints<V> passed = ~(v <= V{});
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanesOf<V>; ++lane)
+    bits |= static_cast<uint32_t>(passed[lane] & 1) << lane;
+  return bits;
 }
-template <class Half>
-inline void store(Half* to, Vec<float> v) {
-  const Halves<Vec<float>> bits = narrow(v, Half{});
-  std::memcpy(to, &bits, sizeof(bits));
+
+// 0 where the bit is not set.
+template <class V>
+GKT_INLINE V where(V v, uint32_t bits) {
+#if defined(GKT_ISA_avx512)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#endif
+  const Ints<V> lane_bit = (Ints<V>{} + 1) << lane_indices<V>();
+  const Ints<V> set = (Ints<V>{} + static_cast<int>(bits)) & lane_bit;
+  return set == lane_bit ? v : V{};
+}
+
+template <class V>
+GKT_INLINE V rectified(V v) {
+#if defined(GKT_ISA_avx512)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
+#elif defined(GKT_ISA_avx2)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v);
+#endif
+  return v <= V{} ? V{} : v;
+}
+
+// Memory, in the dtype T that tensors are stored in.
+
+template <class V, class T>
+GKT_INLINE V load(const T* from) {
+  if constexpr (std::is_same_v<T, Element<V>>) {
+    V v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  } else {
+    Halves<V> bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return widen<V>(bits, T{});
+  }
+}
+
+// The vector as it is stored.
+template <class T, class V>
+GKT_INLINE auto stored(V v) {
+  if constexpr (std::is_same_v<T, Element<V>>)
+    return v;
+  else
+    return narrow(v, T{});
+}
+
+template <class T, class V>
+GKT_INLINE void store(T* to, V v) {
+  const auto values = stored<T>(v);
+  std::memcpy(to, &values, sizeof(values));
+}
+
+// The first `count` lanes; beyond them memory is not touched and lanes are 0. A constant count
+// folds the branch away.
+template <class V, class T>
+GKT_INLINE V load(const T* from, int count) {
+  if (count >= kLanesOf<V>) return load<V>(from);
+  T values[kLanesOf<V>] = {};
+  for (int lane = 0; lane < count; ++lane) values[lane] = from[lane];
+  return load<V>(values);
+}
+
+template <class T, class V>
+GKT_INLINE void store(T* to, V v, int count) {
+  if (count >= kLanesOf<V>) return store(to, v);
+  T values[kLanesOf<V>];
+  store(values, v);
+  for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
 }
 
 // A store that leaves the cache alone, for results that are too many to stay there. The address
-// must be a multiple of kVectorBytes; finish_streaming() orders it before what follows.
-inline void store_streaming(float* to, Vec<float> v) {
+// must be a multiple of the bytes stored; finish_streaming() orders it before what follows.
+template <class T, class V>
+GKT_INLINE void store_streaming(T* to, V v) {
+#if defined(GKT_ISA_avx512) || defined(GKT_ISA_avx2)
+  const auto values = stored<T>(v);
 #if defined(GKT_ISA_avx512)
-  _mm512_stream_ps(to, (__m512)v);
-#elif defined(GKT_ISA_avx2)
-  _mm256_stream_ps(to, (__m256)v);
-#else
-  store(to, v);
+  if constexpr (sizeof(values) == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(values));
 #endif
-}
-template <class T>
-inline void store_streaming(T* to, Vec<typename ArithmeticOf<T>::type> v) {
+  if constexpr (sizeof(values) == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(values));
+  if constexpr (sizeof(values) == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(values));
+#endif
   store(to, v);
 }
-inline void finish_streaming() {
+
+GKT_INLINE void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -153,23 +224,6 @@ inline void transpose_4x4(const float* from, int64_t from_step, float* to, int64
   std::memcpy(to + 3 * to_step, &d, sizeof(d));
 }
 
-// The first `count` lanes from memory, `fill` in the others.
-template <class T>
-inline Vec<typename ArithmeticOf<T>::type> load_partial(const T* from, int count,
-                                                        typename ArithmeticOf<T>::type fill) {
-  using Real = typename ArithmeticOf<T>::type;
-  T values[kLanes<Real>] = {};
-  std::memcpy(values, from, static_cast<size_t>(count) * sizeof(T));
-  return lane_indices<Real>() < count ? load(values) : broadcast(fill);
-}
-
-template <class T>
-inline void store_partial(T* to, Vec<typename ArithmeticOf<T>::type> v, int count) {
-  T values[kLanes<typename ArithmeticOf<T>::type>];
-  store(values, v);
-  std::memcpy(to, values, static_cast<size_t>(count) * sizeof(T));
-}
-
 // exp(x) for x <= 0 to about one unit in the last place; 0 where the result is not a normal number.
 inline Vec<float> exponential(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
@@ -184,7 +238,7 @@ inline Vec<float> exponential(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Vec<float> power = (Vec<float>)(((IntVec<float>)shifted << 23) + (127 << 23));
+  const Vec<float> power = (Vec<float>)(((Ints<Vec<float>>)shifted << 23) + (127 << 23));
   return x < -87.0f ? Vec<float>{} : p * power;
 }
 
@@ -194,14 +248,14 @@ inline Vec<double> exponential(Vec<double> x) {
   const Vec<double> n = shifted - kRound;
   Vec<double> r = x - n * 0x1.62e42feep-1;
   r = r - n * 0x1.a39ef35793c76p-33;
-  Vec<double> p = broadcast(1.0 / 6227020800.0);
+  Vec<double> p = broadcast<Vec<double>>(1.0 / 6227020800.0);
   double inverse_factorial = 1.0 / 6227020800.0;  // 1 / 13!
 #pragma GCC unroll 13
   for (int k = 13; k > 0; --k) {
     inverse_factorial *= k;
     p = p * r + inverse_factorial;
   }
-  const Vec<double> power = (Vec<double>)(((IntVec<double>)shifted << 52) + (1023LL << 52));
+  const Vec<double> power = (Vec<double>)(((Ints<Vec<double>>)shifted << 52) + (1023LL << 52));
   return x < -708.0 ? Vec<double>{} : p * power;
 }
 
@@ -213,13 +267,13 @@ inline Vec<Real> logarithm(Vec<Real> x) {
   constexpr int kMantissa = kDouble ? 52 : 23;
   constexpr int kTerms = kDouble ? 12 : 5;
   constexpr Real kSqrtHalf = static_cast<Real>(0x1.6a09e667f3bcdp-1);
-  using I = IntVec<Real>;
-  const Vec<Real> offset = broadcast(kSqrtHalf);
+  using I = Ints<Vec<Real>>;
+  const Vec<Real> offset = broadcast<Vec<Real>>(kSqrtHalf);
   const I n = ((I)x - (I)offset) >> kMantissa;
   const Vec<Real> m = (Vec<Real>)((I)x - (n << kMantissa));
   const Vec<Real> s = (m - 1) / (m + 1);
   const Vec<Real> square = s * s;
-  Vec<Real> p = broadcast(static_cast<Real>(1.0 / (2 * kTerms - 1)));
+  Vec<Real> p = broadcast<Vec<Real>>(static_cast<Real>(1.0 / (2 * kTerms - 1)));
 #pragma GCC unroll 12
   for (int k = kTerms - 2; k >= 0; --k) p = p * square + static_cast<Real>(1.0 / (2 * k + 1));
   const Vec<Real> exponent = __builtin_convertvector(n, Vec<Real>);

@@ -51,20 +51,67 @@ struct alignas(N * sizeof(T)) Vector {
   T data[N];
 };
 
-// The address must be a multiple of N * sizeof(T).
+template <class T, int N>
+__device__ __forceinline__ void unpack(const Vector<T, N>& packed, Compute<T> (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = to_compute(packed.data[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vector<T, N> pack(const Compute<T> (&values)[N]) {
+  Vector<T, N> packed;
+#pragma unroll
+  for (int i = 0; i < N; ++i) packed.data[i] = from_compute<T>(values[i]);
+  return packed;
+}
+
+// Addresses must be multiples of N * sizeof(T).
+
 template <class T, int N>
 __device__ __forceinline__ void load_vector(const T* address, Compute<T> (&values)[N]) {
-  const Vector<T, N> loaded = *reinterpret_cast<const Vector<T, N>*>(address);
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = to_compute(loaded.data[i]);
+  unpack(*reinterpret_cast<const Vector<T, N>*>(address), values);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* address, const Compute<T> (&values)[N]) {
-  Vector<T, N> stored;
-#pragma unroll
-  for (int i = 0; i < N; ++i) stored.data[i] = from_compute<T>(values[i]);
-  *reinterpret_cast<Vector<T, N>*>(address) = stored;
+  *reinterpret_cast<Vector<T, N>*>(address) = pack<T, N>(values);
+}
+
+#ifdef __CUDACC__
+// The integers that one access of so many bytes moves.
+template <int bytes>
+using Word = std::conditional_t<
+    bytes == 16, uint4,
+    std::conditional_t<bytes == 8, uint2,
+                       std::conditional_t<bytes == 4, unsigned, unsigned short>>>;
+#endif
+
+// As it lies in memory, so that several loads are under way before the first is converted. For what
+// no thread writes while the kernel runs.
+template <class T, int N>
+__device__ __forceinline__ Vector<T, N> load_read_only(const T* address) {
+#ifdef __CUDACC__
+  using Bits = Word<sizeof(Vector<T, N>)>;
+  const Bits bits = __ldg(reinterpret_cast<const Bits*>(address));
+  Vector<T, N> packed;
+  memcpy(&packed, &bits, sizeof(packed));
+  return packed;
+#else
+  return *reinterpret_cast<const Vector<T, N>*>(address);
+#endif
+}
+
+// What the second-level cache may give up first, for results that are too many to stay there.
+template <class T, int N>
+__device__ __forceinline__ void store_streaming(T* address, const Vector<T, N>& packed) {
+#ifdef __CUDACC__
+  using Bits = Word<sizeof(Vector<T, N>)>;
+  Bits bits;
+  memcpy(&bits, &packed, sizeof(packed));
+  __stcs(reinterpret_cast<Bits*>(address), bits);
+#else
+  *reinterpret_cast<Vector<T, N>*>(address) = packed;
+#endif
 }
 
 // Whether rows of `size` elements that lie `stride` elements apart can be read N elements at a
@@ -218,8 +265,11 @@ inline bool is_unsupported(cudaError_t error) {
   }
 }
 
+// Throws an error with what it happened in. A call that fails also leaves its error for the next
+// launch to report, which is not that launch's: it is taken away here.
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
   const std::string message = std::string(what) + ": " + cudaGetErrorString(error);
   if (is_unsupported(error)) throw Unsupported(message);
   throw std::runtime_error(message);
@@ -230,11 +280,11 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    void* stream, const Arguments&... arguments) {
-#ifdef __CUDACC__
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "dynamic shared memory");
+#ifdef __CUDACC__
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
   (void)stream;

@@ -18,10 +18,11 @@ from .ghost_batch_norm_kernels import (
 
 __all__ = ["aot_configurations", "backward", "forward"]
 
-TILE = 2048  # elements that a program holds at once: 8 per thread; of float64 half as many
-TILES_PER_CHUNK = 16
-MERGED_CHANNELS = 32
-MERGE_OPTIONS = {"num_warps": 1}
+TILE_BYTES = 8192  # of a tensor that a program holds at once: two 16-byte accesses of each thread
+CHUNK_ELEMENTS = 8192  # of a program, at least
+MOST_CHUNKS = 1024  # of all ghost batches, unless there are more of these
+MERGE_TILE = {"LANES": 64, "BLOCK": 8}  # 64 lanes share the chunks of a channel, one element per thread
+MERGE_OPTIONS = {"num_warps": 16}
 WARPS = 8
 # Left to itself, ptxas makes room for one more block on a multiprocessor and spills a register for it.
 VECTOR_REGISTERS, SCALAR_REGISTERS = 80, 168  # at most, of a thread, with 16-byte accesses or without
@@ -45,20 +46,22 @@ class _Plan:
         widths = CHANNELS_LAST_COLUMNS if problem.channels_last else PLANES_COLUMNS
         self.columns = next((width for width in widths if self.length <= width), widths[-1])
         self.double = problem.dtype == torch.float64
-        self.rows = _tile_rows(self.columns, self.double)
-        tiles_across = 1 if problem.channels_last else triton.cdiv(positions, self.columns)
-        self.chunk_lines = self.rows * max(1, TILES_PER_CHUNK // tiles_across)
+        self.rows = _tile_rows(self.columns, problem.dtype.itemsize)
+        width = self.columns if problem.channels_last else positions
+        lines = max(CHUNK_ELEMENTS // width, triton.cdiv(self.lines * ghosts, MOST_CHUNKS), 1)
+        self.chunk_lines = min(self.rows * triton.cdiv(lines, self.rows), max(self.lines, 1))
         self.chunks = triton.cdiv(self.lines, self.chunk_lines)
         blocks = triton.cdiv(channels, self.columns) if problem.channels_last else channels
-        self.grid = (ghosts * self.chunks, blocks)
+        self.grid = (ghosts * self.chunks * blocks,)
+        self.merge_blocks = triton.cdiv(channels, MERGE_TILE["BLOCK"])
         self.dtype = tl.float64 if self.double else tl.float32
         self.step = self._step([tensor for tensor in activations if tensor is not None])
 
     def _step(self, activations: list[torch.Tensor]) -> int:
-        step = 16 // activations[0].element_size()
+        size = activations[0].element_size()
         whole = [self.length, *(stride for tensor in activations for stride in self.strides(tensor))]
-        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in activations)
-        return step if aligned and all(size % step == 0 for size in whole) else 1
+        whole += [tensor.data_ptr() // size for tensor in activations]
+        return next(step for step in _steps(size) if all(number % step == 0 for number in whole))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,12 +70,12 @@ class _Plan:
     @property
     def tile(self) -> dict[str, object]:
         sizes = {"STEP": self.step, "ROWS": self.rows, "COLUMNS": self.columns}
-        return {**sizes, "DTYPE": self.dtype, **_tile_options(self.step)}
+        return {**sizes, "DTYPE": self.dtype, **_tile_options(self.step, self.problem.dtype.itemsize)}
 
     @property
     def merge(self) -> dict[str, object]:
         options = {"USE_RUNNING": self.problem.use_running, "EPS": self.problem.eps, "DTYPE": self.dtype}
-        return {**options, "BLOCK": MERGED_CHANNELS, **MERGE_OPTIONS}
+        return {**options, **MERGE_TILE, **MERGE_OPTIONS}
 
     def strides(self, tensor: torch.Tensor) -> tuple[int, int]:
         """From line to line, and in planes from channel to channel."""
@@ -98,7 +101,7 @@ def forward(problem, x, residual, weight, bias, keep, y, statistics, mask) -> No
                 x, x, mask, statistics, parts, *plan.strides(x), *plan.strides(x), *plan.sizes,
                 BACKWARD=False, RELU=False, **layout, **plan.tile,
             )  # fmt: skip
-        merge_statistics_kernel[ghosts, triton.cdiv(channels, MERGED_CHANNELS)](
+        merge_statistics_kernel[(ghosts * plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics if bias is None else bias, statistics,
             coefficients, ghosts, plan.lines, plan.values_per_line, int(weight is not None),
             int(bias is not None), channels, plan.chunk_lines, plan.chunks, **plan.merge,
@@ -127,7 +130,7 @@ def backward(
             x, grad_y, mask, statistics, parts, *strides, *plan.sizes,
             BACKWARD=True, RELU=problem.relu, **layout, **plan.tile,
         )  # fmt: skip
-        merge_gradients_kernel[(triton.cdiv(channels, MERGED_CHANNELS),)](
+        merge_gradients_kernel[(plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics, _bytes(keep, mask), coefficients,
             grad_weight, grad_bias, ghosts, plan.lines * plan.values_per_line, int(weight is not None),
             int(keep is not None), channels, plan.chunks, **plan.merge,
@@ -145,12 +148,18 @@ def _bytes(keep: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     return mask if keep is None else keep.view(torch.uint8)
 
 
-def _tile_rows(columns: int, double: bool) -> int:
-    return TILE // (2 if double else 1) // columns
+def _tile_rows(columns: int, element_size: int) -> int:
+    return TILE_BYTES // element_size // columns
 
 
-def _tile_options(step: int) -> dict[str, int]:
-    return {"num_warps": WARPS, "maxnreg": VECTOR_REGISTERS if step > 1 else SCALAR_REGISTERS}
+def _steps(element_size: int) -> tuple[int, ...]:
+    """Elements that one access may move, the most first."""
+    return tuple(step for step in (8, 4, 2, 1) if step * element_size <= 16)
+
+
+def _tile_options(step: int, element_size: int) -> dict[str, int]:
+    whole = step * element_size == 16
+    return {"num_warps": WARPS, "maxnreg": VECTOR_REGISTERS if whole else SCALAR_REGISTERS}
 
 
 def aot_configurations() -> Iterator[tuple]:
@@ -158,13 +167,13 @@ def aot_configurations() -> Iterator[tuple]:
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
         for channels_last, widths in ((True, CHANNELS_LAST_COLUMNS), (False, PLANES_COLUMNS)):
             for columns in widths:
-                for step in (16 // size, 1):
-                    yield from _aot_tiles(dtype, channels_last, columns, step)
+                for step in _steps(size):
+                    yield from _aot_tiles(dtype, size, channels_last, columns, step)
     for dtype in ("fp32", "fp64"):
         for running in (False, True):
             common = {
                 "EPS": 1e-5,
-                "BLOCK": MERGED_CHANNELS,
+                **MERGE_TILE,
                 "DTYPE": _accumulated(dtype),
                 "USE_RUNNING": running,
             }
@@ -175,10 +184,10 @@ def aot_configurations() -> Iterator[tuple]:
                 yield _aot(name, kernel, dtype, common, MERGE_OPTIONS)
 
 
-def _aot_tiles(dtype: str, channels_last: bool, columns: int, step: int) -> Iterator[tuple]:
+def _aot_tiles(dtype: str, size: int, channels_last: bool, columns: int, step: int) -> Iterator[tuple]:
     layout = f"{dtype}_{'channels_last' if channels_last else 'planes'}_{columns}"
-    layout += "_vectors" if step > 1 else "_scalars"
-    rows, accumulated = _tile_rows(columns, dtype == "fp64"), _accumulated(dtype)
+    layout += "_vectors" if step * size == 16 else {4: "_quads", 2: "_pairs", 1: "_scalars"}[step]
+    rows, accumulated = _tile_rows(columns, size), _accumulated(dtype)
     tile = {
         "CHANNELS_LAST": channels_last,
         "STEP": step,
@@ -186,7 +195,7 @@ def _aot_tiles(dtype: str, channels_last: bool, columns: int, step: int) -> Iter
         "COLUMNS": columns,
         "DTYPE": accumulated,
     }
-    options = _tile_options(step)
+    options = _tile_options(step, size)
     for backward, relu in itertools.product((False, True), repeat=2):
         direction, activation = "backward" if backward else "forward", "_relu" if relu else ""
         constants = {"BACKWARD": backward, "RELU": relu, **tile}

@@ -2,11 +2,10 @@
 
 A line is what lies together in memory: the channels of one position (channels_last, `length` = C, one line per batch
 row and position) or the positions of one channel (planes, `length` = positions, one line per batch row, a program
-per channel). Sums are shifted by values of the data and merged in float64 in the order of the chunks. The mean keeps
+per channel). Sums are shifted by values of the data and merged in float64, as a tree of a fixed shape. The mean keeps
 what its rounding loses, see csrc/cpu/ghost_batch_norm.cpp. Mask and statistics: csrc/gkt_abi.h.
 
-STEP neighbours of a line are accessed together: 16 bytes of them, where every address and size is a multiple of that,
-else 1. Triton specialises on no argument, so that the constants are all that distinguishes two compilations.
+STEP neighbours of a line are accessed together: 16 bytes of them, or as many as divide every size and address.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _tile(pointer, lines, columns, STEP: tl.constexpr):
     """Pointers (ROWS, COLUMNS)."""
     tile = pointer + lines[:, None] + columns[None, :]
     if STEP > 1:
-        tile = tl.multiple_of(tile, (1, 16))
+        tile = tl.multiple_of(tile, (1, STEP * (pointer.dtype.element_ty.primitive_bitwidth // 8)))
     return tile
 
 
@@ -38,6 +37,16 @@ def _tile(pointer, lines, columns, STEP: tl.constexpr):
 def _valid(rows, columns, STEP: tl.constexpr):
     """Which of (ROWS, COLUMNS) exist: STEP neighbours do together."""
     return tl.max_constancy(rows[:, None] & columns[None, :], (1, STEP))
+
+
+@triton.jit
+def _place(program, channels, chunks, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ghost batch, chunk, and block of columns (channels_last) or channel (planes) of a program."""
+    blocks = channels
+    if CHANNELS_LAST:
+        blocks = tl.cdiv(channels, COLUMNS)
+    index = program // blocks
+    return (index // chunks).to(tl.int64), index % chunks, program % blocks
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -64,9 +73,7 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,  # of the sums
 ):
-    ghost = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    block = tl.program_id(1)
+    ghost, chunk, block = _place(tl.program_id(0), channels, chunks, CHANNELS_LAST, COLUMNS)
     first, last = chunk * chunk_lines, tl.minimum(lines, (chunk + 1) * chunk_lines)
     if CHANNELS_LAST:
         channel = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -157,11 +164,13 @@ def merge_statistics_kernel(
     chunks: tl.int32,
     USE_RUNNING: tl.constexpr,
     EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,  # that share the chunks of a channel
+    BLOCK: tl.constexpr,  # channels
     DTYPE: tl.constexpr,
 ):
-    ghost = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(channels, BLOCK)
+    ghost = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
     statistic = statistics_ptr + ghost * channels + channel
     plane = ghosts * channels
@@ -171,26 +180,35 @@ def merge_statistics_kernel(
         var = tl.load(statistic + 2 * plane, mask=inside, other=1.0).to(tl.float64)
     else:
         part_ptr = parts_ptr + ghost * chunks * 3 * channels + channel
-        mean = zeros
-        for chunk in range(chunks):
-            n = zeros + tl.minimum(chunk_lines, lines - chunk * chunk_lines) * values_per_line
-            part = part_ptr + chunk * 3 * channels
-            mean += n * tl.load(part, mask=inside, other=0.0).to(tl.float64)
-            mean += tl.load(part + channels, mask=inside, other=0.0).to(tl.float64)
-        total = (zeros + lines) * values_per_line
-        mean = mean / total
-        squares = zeros
-        for chunk in range(chunks):
-            n = zeros + tl.minimum(chunk_lines, lines - chunk * chunk_lines) * values_per_line
-            part = part_ptr + chunk * 3 * channels
-            total_sum = tl.load(part + channels, mask=inside, other=0.0).to(tl.float64)
-            part_mean = total_sum / n
-            distance = tl.load(part, mask=inside, other=0.0).to(tl.float64) + part_mean - mean
-            square = (
-                tl.load(part + 2 * channels, mask=inside, other=0.0).to(tl.float64) - part_mean * total_sum
-            )
+        # Numbers of values as float64: of a whole chunk, of the last one, of all.
+        whole = tl.zeros([], tl.float64) + tl.minimum(chunk_lines, lines) * values_per_line
+        total = (tl.zeros([], tl.float64) + lines) * values_per_line
+        rest = total - whole * (chunks - 1)
+        inverse_whole, inverse_rest, inverse = 1.0 / whole, 1.0 / rest, 1.0 / total
+        # Means are taken from that of the first chunk on, which keeps what their differences are.
+        origin = tl.load(part_ptr + channels, mask=inside, other=0.0).to(tl.float64)
+        origin = origin * tl.where(chunks > 1, inverse_whole, inverse_rest)
+        origin += tl.load(part_ptr, mask=inside, other=0.0).to(tl.float64)
+        sums = tl.zeros([LANES, BLOCK], tl.float64)
+        squares = tl.zeros([LANES, BLOCK], tl.float64)
+        for first in range(0, chunks, LANES):
+            chunk = first + tl.arange(0, LANES)
+            valid = (chunk < chunks)[:, None] & inside[None, :]
+            part = part_ptr[None, :] + chunk[:, None] * 3 * channels
+            shift = tl.load(part, mask=valid, other=0.0).to(tl.float64)
+            part_sum = tl.load(part + channels, mask=valid, other=0.0).to(tl.float64)
+            square = tl.load(part + 2 * channels, mask=valid, other=0.0).to(tl.float64)
+            last = (chunk == chunks - 1)[:, None]
+            n = tl.where(last, rest, whole)
+            part_mean = part_sum * tl.where(last, inverse_rest, inverse_whole)
+            distance = tl.where(valid, shift + part_mean - origin[None, :], 0.0)
+            square = square - part_mean * part_sum
+            sums += n * distance
             squares += tl.where(square < 0, 0.0, square) + n * distance * distance
-        var = squares / total
+        moved = tl.sum(sums, 0) * inverse
+        mean = origin + moved
+        var = (tl.sum(squares, 0) - tl.sum(sums, 0) * moved) * inverse
+        var = tl.where(var < 0, 0.0, var)
         rounded = mean.to(DTYPE)
         low = (mean - rounded.to(tl.float64)).to(DTYPE).to(tl.float64)
         tl.store(statistic, rounded, mask=inside)
@@ -223,22 +241,27 @@ def merge_gradients_kernel(
     chunks: tl.int32,
     USE_RUNNING: tl.constexpr,
     EPS: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
     plane = ghosts * channels
+    inverse = 1.0 / (tl.zeros([BLOCK], tl.float64) + values)
     weight = tl.load(weight_ptr + channel, mask=inside & (has_weight != 0), other=1.0).to(tl.float64)
     grad_weight = tl.zeros([BLOCK], tl.float64)
     grad_bias = tl.zeros([BLOCK], tl.float64)
     for ghost in range(ghosts):
-        total = tl.zeros([BLOCK], tl.float64)
-        product = tl.zeros([BLOCK], tl.float64)
-        for chunk in range(chunks):
-            part = parts_ptr + (ghost * chunks + chunk) * 3 * channels + channel
-            total += tl.load(part + channels, mask=inside, other=0.0).to(tl.float64)
-            product += tl.load(part + 2 * channels, mask=inside, other=0.0).to(tl.float64)
+        totals = tl.zeros([LANES, BLOCK], tl.float64)
+        products = tl.zeros([LANES, BLOCK], tl.float64)
+        for first in range(0, chunks, LANES):
+            chunk = first + tl.arange(0, LANES)
+            valid = (chunk < chunks)[:, None] & inside[None, :]
+            part = parts_ptr + (ghost * chunks + chunk[:, None]) * 3 * channels + channel[None, :]
+            totals += tl.load(part + channels, mask=valid, other=0.0).to(tl.float64)
+            products += tl.load(part + 2 * channels, mask=valid, other=0.0).to(tl.float64)
+        total, product = tl.sum(totals, 0), tl.sum(products, 0)
         statistic = statistics_ptr + ghost * channels + channel
         low = tl.load(statistic + plane, mask=inside, other=0.0).to(tl.float64)
         var = tl.load(statistic + 2 * plane, mask=inside, other=1.0).to(tl.float64)
@@ -248,8 +271,8 @@ def merge_gradients_kernel(
         slope = tl.zeros([BLOCK], tl.float64)
         offset = tl.zeros([BLOCK], tl.float64)
         if not USE_RUNNING:
-            slope = -scale * rstd * rstd * product / values
-            offset = -scale * total / values - slope * low
+            slope = -scale * rstd * rstd * product * inverse
+            offset = -scale * total * inverse - slope * low
         coefficient = coefficients_ptr + ghost * channels + channel
         tl.store(coefficient, scale.to(DTYPE), mask=inside)
         tl.store(coefficient + plane, slope.to(DTYPE), mask=inside)
@@ -295,9 +318,9 @@ def affine_kernel(
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    ghost = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    block = tl.program_id(1)
+    # From the last chunk to the first, to meet what the first pass has left in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    ghost, chunk, block = _place(program, channels, chunks, CHANNELS_LAST, COLUMNS)
     first, last = chunk * chunk_lines, tl.minimum(lines, (chunk + 1) * chunk_lines)
     if CHANNELS_LAST:
         channel = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -345,7 +368,12 @@ def affine_kernel(
                 out = tl.where(kept, out, 0.0)
                 if HAS_RESIDUAL:
                     address = _tile(grad_residual_ptr, line * out_line_stride, column, STEP)
-                    tl.store(address, other.to(grad_residual_ptr.dtype.element_ty), mask=valid)
+                    tl.store(
+                        address,
+                        other.to(grad_residual_ptr.dtype.element_ty),
+                        mask=valid,
+                        cache_modifier=".cs",
+                    )
             else:
                 out = (x - mean[None, :]) * scale[None, :] + offset[None, :]
                 if HAS_RESIDUAL:
@@ -366,4 +394,4 @@ def affine_kernel(
                 if HAS_RESIDUAL:
                     out = tl.where(kept, out, other)
             address = _tile(out_ptr, line * out_line_stride, column, STEP)
-            tl.store(address, out.to(out_ptr.dtype.element_ty), mask=valid)
+            tl.store(address, out.to(out_ptr.dtype.element_ty), mask=valid, cache_modifier=".cs")

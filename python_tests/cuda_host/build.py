@@ -145,6 +145,7 @@ class Traffic:
         sector_bytes: what the memory moves for it, in whole sectors of 32 bytes, when the lanes of a warp that
             run the line for the n-th time are one request and nothing stays in a cache.
         distinct_bytes: bytes at different addresses, 0 for a single line: the least that must be moved.
+        most_of_a_thread: how often a thread ran the line, at most; of a kernel the most of any line.
     """
 
     kernel: str
@@ -154,6 +155,7 @@ class Traffic:
     bytes: int
     sector_bytes: int
     distinct_bytes: int
+    most_of_a_thread: int
 
 
 @contextmanager
@@ -195,6 +197,17 @@ def refusing_launches(library: ctypes.CDLL | ModuleType, error: int) -> Iterator
         yield
     finally:
         library.cuda_host_refuse_launches(0)
+
+
+@contextmanager
+def refusing_attributes(library: ctypes.CDLL | ModuleType, error: int) -> Iterator[None]:
+    """cudaFuncSetAttribute fails in this block, and leaves its error behind, as CUDA does."""
+    library = _as_library(library)
+    library.cuda_host_refuse_attributes(error)
+    try:
+        yield
+    finally:
+        library.cuda_host_refuse_attributes(0)
 
 
 def _as_library(library: ctypes.CDLL | ModuleType) -> ctypes.CDLL:

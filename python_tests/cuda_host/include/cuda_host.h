@@ -63,4 +63,8 @@ void raise_pending_error();
 // The cudaError_t with which launches are refused (cuda_host_refuse_launches); 0: they run.
 int refusal();
 
+// cudaGetLastError() and a cudaFuncSetAttribute() that fails (cuda_host_refuse_attributes).
+int take_last_error();
+int set_attribute();
+
 }  // namespace cuda_host

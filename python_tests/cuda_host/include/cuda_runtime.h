@@ -267,7 +267,9 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 
-inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(cuda_host::refusal()); }
+inline cudaError_t cudaGetLastError() {
+  return static_cast<cudaError_t>(cuda_host::take_last_error());
+}
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -281,7 +283,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 template <class Kernel>
 inline cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+  return static_cast<cudaError_t>(cuda_host::set_attribute());
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -19,8 +19,10 @@ std::string violation;    // the first of this launch
 thread_local std::string pending_error;
 thread_local bool in_launch = false;
 Thread threads[kMaxThreads];
-int refused_with = 0;     // a cudaError_t
-bool last_first = false;  // the order of blocks, of a block's warps and of a warp's lanes
+int refused_with = 0;  // a cudaError_t
+int attributes_refused_with = 0;
+thread_local int last_error = 0;  // of a call that failed, until cudaGetLastError() takes it
+bool last_first = false;          // the order of blocks, of a block's warps and of a warp's lanes
 
 void run_ready_lanes(Thread* warp, int lanes) {
   for (int i = 0; i < lanes && !has_violation(); ++i) {
@@ -187,6 +189,17 @@ void raise_pending_error() {
 
 int refusal() { return refused_with; }
 
+int set_attribute() {
+  if (attributes_refused_with != 0) last_error = attributes_refused_with;
+  return attributes_refused_with;
+}
+
+int take_last_error() {
+  const int error = refused_with != 0 ? refused_with : last_error;
+  last_error = 0;
+  return error;
+}
+
 }  // namespace cuda_host
 
 // Later launches run their last block, warp and lane first: a right kernel gives the same bits.
@@ -197,4 +210,9 @@ extern "C" __attribute__((visibility("default"))) void cuda_host_set_last_first(
 // Later launches run nothing and report this cudaError_t, as on a GPU that the build doesn't fit.
 extern "C" __attribute__((visibility("default"))) void cuda_host_refuse_launches(int error) {
   cuda_host::refused_with = error;
+}
+
+// Later calls of cudaFuncSetAttribute fail with this cudaError_t; 0: they succeed.
+extern "C" __attribute__((visibility("default"))) void cuda_host_refuse_attributes(int error) {
+  cuda_host::attributes_refused_with = error;
 }

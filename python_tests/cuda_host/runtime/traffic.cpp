@@ -19,11 +19,12 @@ namespace {
 constexpr uintptr_t kSector = 32, kPage = 4096;
 
 struct Counts {
-  uint64_t accesses = 0, bytes = 0, sectors = 0;
+  uint64_t accesses = 0, bytes = 0, sectors = 0, most_of_a_thread = 0;
   void add(const Counts& other) {
     accesses += other.accesses;
     bytes += other.bytes;
     sectors += other.sectors;
+    most_of_a_thread = std::max(most_of_a_thread, other.most_of_a_thread);
   }
 };
 
@@ -48,7 +49,7 @@ std::string report_traffic() {
                           const Counts& counts, uint64_t distinct) {
     text += kernel + "\t" + line + "\t" + name_of(kind) + "\t" + std::to_string(counts.accesses) +
             "\t" + std::to_string(counts.bytes) + "\t" + std::to_string(counts.sectors * kSector) +
-            "\t" + std::to_string(distinct) + "\n";
+            "\t" + std::to_string(distinct) + "\t" + std::to_string(counts.most_of_a_thread) + "\n";
   };
   std::map<std::pair<std::string, int>, Counts> totals;
   for (const auto& [line, counts] : lines) {
@@ -74,6 +75,7 @@ void count_access(uintptr_t address, size_t bytes, Kind kind, uint32_t site, con
   auto& pages = touched[{current_launch.kernel, number}];
   for (uintptr_t i = address; i < address + bytes; ++i) pages[i / kPage].set(i % kPage);
   const uint32_t occurrence = occurrences[{site, thread.number}]++;
+  counts.most_of_a_thread = std::max<uint64_t>(counts.most_of_a_thread, occurrence + 1);
   auto& sectors = requests[{site, warp, occurrence, number}];
   for (uintptr_t sector = address / kSector; sector <= (address + bytes - 1) / kSector; ++sector)
     if (std::find(sectors.begin(), sectors.end(), sector) == sectors.end())
@@ -91,7 +93,8 @@ void end_block_traffic() {
 }  // namespace cuda_host
 
 // Starts counting from nothing (1), or ends it (0) and returns one line of text per source line:
-// kernel, line, kind, accesses, bytes, bytes of sectors, distinct bytes, separated by tabs.
+// kernel, line, kind, accesses, bytes, bytes of sectors, distinct bytes, most accesses of a thread
+// in a line, separated by tabs.
 extern "C" __attribute__((visibility("default"))) const char* cuda_host_count_traffic(int on) {
   static std::string text;
   text = on != 0 ? "" : cuda_host::report_traffic();

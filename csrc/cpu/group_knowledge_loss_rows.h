@@ -1,0 +1,187 @@
+// How the rows of a tile of group_knowledge_loss lie in vectors and in memory.
+//
+// Two arrangements. A vector holds W classes of one row, and reductions over classes end across its
+// lanes; or, for few classes and for dense prediction, it holds one class of W rows, and nothing
+// crosses lanes. "Vector i" below is the i-th group of classes, or the i-th class.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/vector.h"
+#include "gkt_abi.h"
+
+namespace gkt {
+
+// The rows are cut into chunks whose number depends on the problem alone, and every chunk adds up
+// its own sums: the result is the same for any number of threads.
+struct GroupKnowledgeLossPlan {
+  int64_t chunks;
+  double* sums;          // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
+  char* scratch;         // (threads, scratch_bytes), aligned to 64 bytes
+  size_t scratch_bytes;  // per thread
+  double ce_rows, kd_rows;  // how many rows the means of CE and kd count
+  int threads;
+  int64_t gradient_bytes;
+};
+
+namespace GKT_ISA {
+namespace {
+
+using Params = gkt_group_knowledge_loss_params;
+
+// Whether a vector has unused lanes, as a type.
+template <bool kValue>
+struct Last {
+  static constexpr bool value = kValue;
+};
+
+template <class T, bool kRowsInLanes>
+class TileRows {
+ public:
+  using Real = typename ArithmeticOf<T>::type;
+  using V = Vec<Real>;
+  static constexpr int W = kLanes<Real>;
+  static constexpr int kRows = kRowsInLanes ? W : 1;
+
+  static int64_t vectors(int64_t classes) { return kRowsInLanes ? classes : (classes + W - 1) / W; }
+
+ protected:
+  // A gradient beyond the caches is written past them.
+  static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+
+  TileRows(const Params& p, const GroupKnowledgeLossPlan& plan)
+      : p_(p),
+        n_(vectors(p.classes)),
+        tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
+        large_(plan.gradient_bytes >= kStreamingBytes &&
+               (kRowsInLanes ? p.gradient_row_strides[p.row_dims - 1] == 1 &&
+                                   p.gradient_class_stride % W == 0
+                             : p.gradient_class_stride == 1)) {}
+
+  // The tile's next rows: `count` of them.
+  void begin_rows(int count) {
+    count_ = count;
+    const int inner = p_.row_dims - 1;
+    logits_step_ = p_.logits_row_strides[inner];
+    gradient_step_ = p_.gradient_row_strides[inner];
+    ahead_step_ = kRowsInLanes && logits_step_ == 1 ? p_.logits_class_stride : W;
+    result_step_ = kRowsInLanes && gradient_step_ == 1 ? p_.gradient_class_stride : W;
+  }
+
+  // Where a stream's rows are read and, unless null, where their gradient goes; `ahead`: the logits
+  // that are read next.
+  void begin_stream(T* to, const T* ahead) {
+    streaming_ = large_ && count_ == kRows && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+    ahead_ = ahead;
+    result_ = streaming_ ? nullptr : to;
+  }
+
+  // Calls body(i, last) for every vector; `last` tells of unused lanes.
+  template <class Body>
+  void for_vectors(const Body& body) const {
+    const int64_t whole = tail_ == W ? n_ : n_ - 1;
+    for (int64_t i = 0; i < whole; ++i) body(i, Last<false>{});
+    if (whole < n_) body(whole, Last<true>{});
+  }
+
+  // Zero in the unused lanes of the last vector.
+  template <bool kLast>
+  V used(V v, Last<kLast>) const {
+    return kLast && !kRowsInLanes ? (lane_indices<V>() < tail_ ? v : V{}) : v;
+  }
+
+  // Reads the tile's rows into x, converted; unused lanes of the last vector get `padding`.
+  template <class From>
+  void load_rows(const From* from, int64_t row_step, int64_t class_step, Real padding, V* x) const {
+    Real* to = reinterpret_cast<Real*>(x);
+    if (kRowsInLanes && row_step == 1) {
+      if (count_ == W)
+        for (int64_t i = 0; i < n_; ++i) x[i] = load<V>(from + i * class_step);
+      else
+        for (int64_t i = 0; i < n_; ++i) x[i] = load<V>(from + i * class_step, count_);
+    } else if (kRowsInLanes) {
+      int64_t begin = 0;
+      if constexpr (std::is_same_v<From, float>) {
+        if (class_step == 1 && count_ == W)
+          for (; begin + 4 <= n_; begin += 4)
+            for (int j = 0; j < W; j += 4)
+              transpose_4x4(from + j * row_step + begin, row_step, to + begin * W + j, W);
+      }
+      for (int j = 0; j < W; ++j)
+        for (int64_t i = begin; i < n_; ++i)
+          to[i * W + j] = j < count_ ? to_arithmetic(from[j * row_step + i * class_step]) : Real{0};
+    } else if (class_step == 1) {
+      for_vectors([&](int64_t i, auto last) {
+        x[i] = load<V>(from + i * W, last.value ? tail_ : W);
+        if (last.value) x[i] = lane_indices<V>() < tail_ ? x[i] : broadcast<V>(padding);
+      });
+    } else {
+      for (int64_t c = 0; c < p_.classes; ++c) to[c] = to_arithmetic(from[c * class_step]);
+      for (int64_t c = p_.classes; c < n_ * W; ++c) to[c] = padding;
+    }
+  }
+
+  // The gradient's vector i: to memory where rows or classes are adjacent there, else to scratch.
+  template <bool kLast>
+  void put(T* to, int64_t i, V g, Last<kLast>) const {
+    const int64_t class_step = p_.gradient_class_stride;
+    if (kRowsInLanes && gradient_step_ == 1) {
+      if (streaming_)
+        store_streaming(to + i * class_step, g);
+      else if (count_ == W)
+        store(to + i * class_step, g);
+      else
+        store(to + i * class_step, g, count_);
+    } else if (!kRowsInLanes && class_step == 1) {
+      if (kLast)
+        store(to + i * W, g, tail_);
+      else if (streaming_)
+        store_streaming(to + i * W, g);
+      else
+        store(to + i * W, g);
+    } else {
+      output_[i] = g;
+    }
+  }
+
+  void store_scattered(T* to) const {
+    const Real* from = reinterpret_cast<const Real*>(output_);
+    const int64_t class_step = p_.gradient_class_stride;
+    if (kRowsInLanes && gradient_step_ != 1) {
+      int64_t begin = 0;
+      if constexpr (std::is_same_v<T, float>) {
+        if (class_step == 1 && count_ == W)
+          for (; begin + 4 <= n_; begin += 4)
+            for (int j = 0; j < W; j += 4)
+              transpose_4x4(from + begin * W + j, W, to + j * gradient_step_ + begin,
+                            gradient_step_);
+      }
+      for (int j = 0; j < count_; ++j)
+        for (int64_t i = begin; i < n_; ++i)
+          from_arithmetic(from[i * W + j], to + j * gradient_step_ + i * class_step);
+    } else if (!kRowsInLanes && class_step != 1) {
+      for (int64_t c = 0; c < p_.classes; ++c) from_arithmetic(from[c], to + c * class_step);
+    }
+  }
+
+  const Params& p_;
+  const int64_t n_;      // vectors per row
+  const int tail_;       // lanes in use of the last vector
+  V* output_ = nullptr;  // (n_), where memory takes no vectors
+
+  // Memory to have at hand: the logits of the next stream, and where the gradient goes.
+  const T *ahead_ = nullptr, *result_ = nullptr;
+  int64_t ahead_step_ = 0, result_step_ = 0;
+  int64_t logits_step_ = 0, gradient_step_ = 0;
+  int count_ = 0;  // rows in the tile
+
+ private:
+  const bool large_;
+  bool streaming_ = false;
+};
+
+}  // namespace
+}  // namespace GKT_ISA
+}  // namespace gkt
