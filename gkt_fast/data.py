@@ -56,7 +56,15 @@ def digits(train_images: int = 200) -> Data:
     )
 
 
-def load_data(name: str, image_size: int = 32, train_images: int | None = None) -> Data:
+def load_data(
+    name: str,
+    image_size: int = 32,
+    train_images: int | None = None,
+    *,
+    train_crop: int | None = None,
+    augment: str = "none",
+    random_erasing: float = 0.0,
+) -> Data:
     """A data set by name.
 
     Args:
@@ -64,20 +72,50 @@ def load_data(name: str, image_size: int = 32, train_images: int | None = None) 
             folder that holds torchvision's `cifar-10-batches-py`.
         image_size: height and width that images of a folder are resized and cropped to.
         train_images: for digits, the number of images to train on.
+        train_crop: height and width of training images, where they differ from those of the test images.
+        augment: "none", "trivial" (torchvision's TrivialAugmentWide) or "rand" (its RandAugment), of training images.
+        random_erasing: probability of torchvision's RandomErasing, of training images.
 
     Raises:
-        ValueError: the name is unknown, or the folder doesn't hold what it must; later, when it is loaded, an image
-            of a folder is damaged.
+        ValueError: the name is unknown, digits are to be cropped or augmented, or the folder doesn't hold what it
+            must; later, when it is loaded, an image of a folder is damaged.
     """
     kind, _, path = name.partition(":")
     if kind == "digits":
+        if train_crop is not None or augment != "none" or random_erasing:
+            raise ValueError(
+                "train_crop, augment and random_erasing are for images of a file, not for digits"
+            )
         return digits() if train_images is None else digits(train_images)
     if kind in ("imagefolder", "cifar10") and path:
-        return _image_folder(Path(path), image_size) if kind == "imagefolder" else _cifar10(Path(path))
+        augmentation = Augmentation(train_crop, augment, random_erasing)
+        if kind == "imagefolder":
+            return _image_folder(Path(path), image_size, augmentation)
+        return _cifar10(Path(path), augmentation)
     raise ValueError(f"data is {name!r}; it must be digits, imagefolder:PATH or cifar10:PATH")
 
 
-def _image_folder(path: Path, image_size: int) -> Data:
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images beside cropping and flipping; see `load_data`."""
+
+    train_crop: int | None = None
+    augment: str = "none"
+    random_erasing: float = 0.0
+
+    def compose(self, crop: list[Any], normalize: list[Any]) -> Any:
+        """The training images' transform: crop, flip, augment, convert and normalise, erase."""
+        from torchvision import transforms
+
+        kinds = {"none": [], "trivial": [transforms.TrivialAugmentWide], "rand": [transforms.RandAugment]}
+        if self.augment not in kinds:
+            raise ValueError(f"augment is {self.augment!r}; it must be one of {', '.join(kinds)}")
+        colours = [kind() for kind in kinds[self.augment]]
+        erase = [transforms.RandomErasing(self.random_erasing)] if self.random_erasing else []
+        return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *colours, *normalize, *erase])
+
+
+def _image_folder(path: Path, image_size: int, augmentation: Augmentation) -> Data:
     from torchvision import datasets, transforms
 
     test = next((path / split for split in ("val", "test") if (path / split).is_dir()), None)
@@ -86,21 +124,25 @@ def _image_folder(path: Path, image_size: int) -> Data:
             f"{path} must hold a folder train, and a folder val or test, with one folder per class each"
         )
     normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    train_size = augmentation.train_crop or image_size
     if image_size <= 64:
-        augment = [
-            transforms.Resize((image_size, image_size)),
-            transforms.RandomCrop(image_size, padding=image_size // 8),
+        crop = [
+            transforms.Resize((train_size, train_size)),
+            transforms.RandomCrop(train_size, padding=train_size // 8),
         ]
         resize = [transforms.Resize((image_size, image_size))]
     else:
-        augment = [transforms.RandomResizedCrop(image_size)]
+        crop = [transforms.RandomResizedCrop(train_size)]
         resize = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
-    flip = transforms.RandomHorizontalFlip()
-    train_transform = transforms.Compose([*augment, flip, *normalize])
+    train_transform = augmentation.compose(crop, normalize)
     train_set = datasets.ImageFolder(path / "train", train_transform, loader=_load_image)
     test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]), loader=_load_image)
     if train_set.classes != test_set.classes:
         raise ValueError(f"{path / 'train'} and {test} hold different classes")
+    if len(train_set.classes) < 2:
+        raise ValueError(
+            f"{path / 'train'} holds one class, {train_set.classes[0]}; there must be two or more, a folder each"
+        )
     return Data(train_set, test_set, len(train_set.classes), 3)
 
 
@@ -118,16 +160,16 @@ def _load_image(path: str) -> Any:
         raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
-def _cifar10(path: Path) -> Data:
+def _cifar10(path: Path, augmentation: Augmentation) -> Data:
     from torchvision import datasets, transforms
 
     normalize = [
         transforms.ToTensor(),
         transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     ]
-    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    crop = [transforms.RandomCrop(augmentation.train_crop or 32, padding=4)]
     try:
-        train = datasets.CIFAR10(path, train=True, transform=transforms.Compose([*augment, *normalize]))
+        train = datasets.CIFAR10(path, train=True, transform=augmentation.compose(crop, normalize))
         test = datasets.CIFAR10(path, train=False, transform=transforms.Compose(normalize))
     except RuntimeError as error:
         raise ValueError(f"{path} doesn't hold CIFAR-10 (a folder cifar-10-batches-py): {error}") from error

@@ -6,15 +6,17 @@ import argparse
 import math
 from collections.abc import Callable
 
-import torch
-
 __all__ = [
+    "add_device",
+    "chosen_device",
     "parse_depths",
     "parse_device",
     "parse_integer",
     "parse_min_depth",
     "parse_number",
+    "parse_probability",
     "parse_resolution",
+    "parse_sizes",
     "parse_subnets",
 ]
 
@@ -45,8 +47,31 @@ def parse_number(least: float) -> Callable[[str], float]:
     return parse
 
 
+def parse_probability(text: str) -> float:
+    value = parse_number(0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and 1")
+    return value
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag `--device`; `chosen_device` says what None stands for."""
+    parser.add_argument(
+        "--device", type=parse_device, help="where tensors are; default: cuda if there is a GPU, else cpu"
+    )
+
+
+def chosen_device(args: argparse.Namespace) -> str:
+    """The device given, or the default."""
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def parse_device(text: str) -> str:
     """Checks that tensors can be made on the device."""
+    import torch
+
     try:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:
@@ -75,6 +100,10 @@ def parse_resolution(text: str) -> int | tuple[int, ...]:
     if not all(part.isdecimal() for part in parts) or len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of pixels, or LOWEST-HIGHEST")
     return int(text) if len(parts) == 1 else tuple(map(int, parts))
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    return tuple(parse_integer(1)(part) for part in text.split(","))
 
 
 def parse_subnets(text: str) -> tuple[tuple[int, ...], ...]:

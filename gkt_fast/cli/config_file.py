@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..config import GKTConfig
+if TYPE_CHECKING:
+    from ..config import GKTConfig
 
 __all__ = ["with_config_file", "write_arguments"]
 
@@ -40,13 +41,15 @@ def with_config_file(arguments: list[str]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif flag in SEVERAL and isinstance(value, list):
-            flags += [f"--{flag}", *map(_flag_value, value)] if value else []
+            flags += [f"--{flag}", *(_flag_value(flag, entry) for entry in value)] if value else []
         elif value is not None:
-            flags.append(f"--{flag}={_flag_value(value)}")
+            flags.append(f"--{flag}={_flag_value(flag, value)}")
     return ["train", *flags, *arguments[1:]]
 
 
-def _flag_value(value: Any) -> str:
+def _flag_value(flag: str, value: Any) -> str:
+    if flag == "multi-scale" and isinstance(value, list):
+        return ",".join(map(str, value))
     if isinstance(value, list) and value and isinstance(value[0], list):
         return ",".join("-".join(map(str, depths)) for depths in value)
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)

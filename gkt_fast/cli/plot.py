@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .requirements import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,13 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["Run", "add_arguments", "draw", "read_run"]
 
 LINES = ("-", "--", ":", "-.")
-"""Line styles tell the curves of one run apart; where there are several runs, colours tell the runs apart."""
+"""Within a run the curves of a panel differ by line, between runs by colour."""
 PANELS = (
     ("loss", ("train_loss", "val_loss"), "loss"),
     ("distillation term of each group", ("kd_group",), "KL divergence"),
     ("accuracy of the network and of subnets", ("val_accuracy",), "accuracy (%)"),
 )
 """Of each panel the title, the prefixes of the columns shown, and the label of the axis."""
+OUTLIER = 3.0
+"""A value counts as one where it lies this many times the spread of nine tenths of all values above these."""
 LABELS = {
     "train_loss": "training",
     "val_loss": "validation",
@@ -30,7 +35,7 @@ LABELS = {
     "val_accuracy": "full network",
     "val_accuracy_ema": "full network, averaged weights",
 }
-"""Legends of the columns that have fixed names."""
+"""Of columns whose name doesn't say it."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,16 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
     parser.set_defaults(run=plot)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a summary.csv")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("plot.png"), help="picture: png, svg or pdf"
+        "-o", "--output", type=Path, default=Path("plot.png"), help="picture to write: png, svg or pdf"
     )
 
 
 def plot(args: argparse.Namespace) -> None:
     """Draws loss, distillation terms and accuracies over epochs, all runs in one figure."""
+    require("plot", "matplotlib")
     runs = [read_run(path) for path in args.runs]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(path)) for run, path in zip(runs, args.runs, strict=True)]
@@ -69,7 +74,7 @@ def read_run(path: Path) -> Run:
     """Reads a run's summary.csv.
 
     Raises:
-        ValueError: there is none, it holds no epoch, or a value is not a number.
+        ValueError: there is none, it holds no epoch, or a value is no number.
     """
     file = path / "summary.csv" if path.is_dir() else path
     if not file.is_file():
@@ -100,8 +105,32 @@ def draw(runs: Sequence[Run]) -> Figure:
         axes.set(title=title, xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:
+            _limit(axes)
             axes.legend(fontsize="small")
     return figure
+
+
+def _limit(axes: Axes) -> None:
+    """Cuts the panel off above what most values reach, where a few would flatten all others; and says so."""
+    values = sorted(value for line in axes.lines for value in line.get_ydata() if math.isfinite(value))
+    if len(values) < 4:
+        return
+    low, high = values[0], values[int(0.9 * (len(values) - 1))]
+    ceiling = high + OUTLIER * max(high - low, abs(high) * 1e-3)
+    outside = [value for value in values if value > ceiling]
+    if not outside:
+        return
+    inside = values[len(values) - len(outside) - 1]
+    axes.set_ylim(top=inside + 0.05 * (inside - low or 1.0))
+    axes.text(
+        0.99,
+        0.99,
+        f"{len(outside)} values above, up to {outside[-1]:.3g}",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        fontsize="small",
+    )
 
 
 def _draw_run(axes: Axes, run: Run, prefixes: tuple[str, ...], colour: str, several: bool) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
@@ -17,19 +18,38 @@ from ..data import Data
 from ..distributed import is_distributed, share, world_size
 from ..methods import method_config
 from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
+from .parser import did_you_mean
+from .requirements import require
+from .train import CONFIG_FIELDS
 
 __all__ = [
-    "CONFIG_FIELDS",
     "build_config",
     "build_loaders",
     "build_loggers",
     "build_model",
     "build_optimizer",
     "build_scheduler",
+    "check_requirements",
     "synchronized",
 ]
 
-CONFIG_FIELDS = {field.name: field for field in dataclasses.fields(GKTConfig)}
+
+def check_requirements(args: argparse.Namespace) -> None:
+    """Checks that what the flags need is installed.
+
+    Raises:
+        ImportError: something is missing; the message holds the command that installs it.
+    """
+    kind = args.data.partition(":")[0]
+    require(f"--data {kind}", *{"digits": ["sklearn"]}.get(kind, ["torchvision"]))
+    if args.model.startswith("timm:"):
+        require(f"--model {args.model}", "timm")
+    elif not args.model.startswith("cifar_resnet"):
+        require(f"--model {args.model}", "torchvision")
+    if args.mixup or args.cutmix:
+        require("--mixup or --cutmix", "torchvision")
+    for logger in args.log:
+        require(f"--log {logger}", logger)
 
 
 def build_config(args: argparse.Namespace, data: Data) -> GKTConfig:
@@ -56,13 +76,16 @@ def build_model(name: str, data: Data) -> nn.Module:
         import timm
 
         if not timm.is_model(name[5:]):
-            raise ValueError(f"model is {name!r}; timm has no network of that name")
+            hint = did_you_mean(name[5:], timm.list_models())
+            raise ValueError(f"model is {name!r}; timm has no network of that name{hint}")
         return timm.create_model(name[5:], num_classes=data.num_classes, in_chans=data.in_channels)
     import torchvision
 
-    if name not in torchvision.models.list_models(torchvision.models):
+    names = torchvision.models.list_models(torchvision.models)
+    if name not in names:
         raise ValueError(
             f"model is {name!r}; it must be cifar_resnetN, one of torchvision's classifiers, or timm:NAME"
+            f"{did_you_mean(name, [*names, 'cifar_resnet20', 'cifar_resnet56'])}"
         )
     if data.in_channels != 3:
         raise ValueError(
@@ -138,34 +161,48 @@ def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, Dat
     training = {**options, "shuffle": sampler is None, "sampler": sampler, "drop_last": True}
     calibration_loader = DataLoader(data.train, size, **training)
     train_loader = calibration_loader
-    if args.mixup or args.cutmix:
-        mixing = MixedBatches(args.mixup, args.cutmix, data.num_classes)
-        train_loader = DataLoader(data.train, size, collate_fn=mixing, **training)
+    if args.mixup or args.cutmix or args.multi_scale:
+        collate = BatchTransforms(args.mixup, args.cutmix, data.num_classes, args.multi_scale)
+        train_loader = DataLoader(data.train, size, collate_fn=collate, **training)
     return train_loader, DataLoader(share(data.test), max(size, 256), **options), calibration_loader
 
 
-class MixedBatches:
-    """Collates samples and mixes the batch by torchvision's MixUp or CutMix; each batch draws one of the two.
+class BatchTransforms:
+    """Collates samples into a batch, and changes it as a whole.
 
-    Targets become class probabilities.
+    It is mixed by torchvision's MixUp or CutMix, one of them drawn for each batch; targets become class probabilities.
+    It is resized to a size that is drawn for each batch.
 
     Args:
         mixup: alpha of MixUp; 0: none.
         cutmix: alpha of CutMix; 0: none.
         num_classes: number of classes.
+        sizes: heights and widths to draw from; None: as the images are.
     """
 
-    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
-        from torchvision.transforms import v2
+    def __init__(
+        self, mixup: float, cutmix: float, num_classes: int, sizes: Sequence[int] | None = None
+    ) -> None:
+        self.sizes = sizes
+        self.mix = None
+        if mixup or cutmix:
+            from torchvision.transforms import v2
 
-        kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-        choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
-        self.mix = v2.RandomChoice(choices)
+            kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+            choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+            self.mix = v2.RandomChoice(choices)
 
     def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        return self.mix(*default_collate(samples))
+        images, targets = default_collate(samples)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        if self.sizes is not None:
+            size = self.sizes[int(torch.randint(len(self.sizes), ()))]
+            if images.shape[-2:] != (size, size):
+                images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        return images, targets
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the loader's workers too; they must live until the trainer has finished its step."""
+    """Ctrl-C reaches the loader's workers too; they must last until the trainer has finished its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

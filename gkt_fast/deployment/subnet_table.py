@@ -264,13 +264,16 @@ def write_subnets_csv(results: Sequence[SubnetResult], path: str | Path) -> None
             writer.writerow([r.subnet, r.parameters, r.flops, r.accuracy, r.loss, iou, int(r in front)])
 
 
-def plot_subnets(results: Sequence[SubnetResult], path: str | Path, title: str = "") -> None:
-    """Draws accuracy against FLOPs: all results, and a line through the Pareto front. Needs matplotlib.
+def plot_subnets(
+    results: Sequence[SubnetResult], path: str | Path, title: str = "", best: SubnetResult | None = None
+) -> None:
+    """Draws accuracy against FLOPs: all results, a line through the Pareto front, the full network. Needs matplotlib.
 
     Args:
         results: of `evaluate_subnets`.
         path: picture to write; its ending says the format.
         title: above the picture.
+        best: the result that was chosen, to be marked.
     """
     from matplotlib.figure import Figure
 
@@ -285,6 +288,18 @@ def plot_subnets(results: Sequence[SubnetResult], path: str | Path, title: str =
     for result, cost, accuracy in zip(front, costs, accuracies, strict=True):
         axes.annotate(
             str(result.subnet), (cost, accuracy), xytext=(4, -10), textcoords="offset points", fontsize=7
+        )
+    marked = [("full network", "s", r) for r in results if r.subnet.is_full]
+    marked += [] if best is None else [("chosen", "*", best)]
+    for label, marker, r in marked:
+        axes.plot(
+            r.flops / 1e6,
+            100 * r.accuracy,
+            marker,
+            markersize=13,
+            markerfacecolor="none",
+            color="black",
+            label=f"{label} ({r.subnet})",
         )
     axes.set_xlabel("forward cost (MFLOPs per sample)")
     axes.set_ylabel("accuracy (%)")

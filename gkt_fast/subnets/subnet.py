@@ -89,6 +89,11 @@ class Subnet:
         return tuple(sum(stage) for stage in self.keep)
 
     @property
+    def is_full(self) -> bool:
+        """Whether every block is kept."""
+        return all(map(all, self.keep))
+
+    @property
     def is_ordered(self) -> bool:
         """Whether the kept blocks of every stage are its first ones."""
         return all(stage == tuple(sorted(stage, reverse=True)) for stage in self.keep)

@@ -224,7 +224,7 @@ def test_deterministic_and_compiled_blocks_reach_the_trainer(run, monkeypatch):
             seen.update(compile_blocks=compile_blocks, deterministic=deterministic)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("gkt_fast.cli.train.GKTTrainer", Trainer)
+    monkeypatch.setattr("gkt_fast.cli.training_run.GKTTrainer", Trainer)
     assert run(*TINY, "--epochs", 0, "--compile-blocks", "--deterministic")[0] == 0
     assert seen == {"compile_blocks": True, "deterministic": True}
 

@@ -1,0 +1,111 @@
+"""A training run from its flags: what `train` does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..data import load_data
+from ..distributed import is_distributed, rank, torchrun_process_group
+from ..training.schedules import LinearWarmup
+from ..training.trainer import GKTTrainer
+from ..training.validation import named_subnet
+from .arguments import chosen_device
+from .config_file import write_arguments
+from .recipe import (
+    build_config,
+    build_loaders,
+    build_loggers,
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    check_requirements,
+    synchronized,
+)
+
+__all__ = ["train"]
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains and evaluates a network as the flags say, as one of several processes under torchrun."""
+    check_requirements(args)
+    with torchrun_process_group(chosen_device(args), args.timeout) as device:
+        _train(argparse.Namespace(**vars(args) | {"device": str(device)}), args)
+
+
+def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Trains in this process.
+
+    Args:
+        args: the flags, with this process's own device.
+        given: the flags as they were given, for `args.yaml`.
+    """
+    torch.manual_seed(args.seed)
+    data = load_data(
+        args.data,
+        args.image_size,
+        args.train_images,
+        train_crop=args.train_crop,
+        augment=args.augment,
+        random_erasing=args.random_erasing,
+    )
+    model = synchronized(args, build_model(args.model, data))
+    optimizer = build_optimizer(args, model)
+    train_loader, val_loader, calibration_loader = build_loaders(args, data)
+    steps_per_epoch = -(-len(train_loader) // args.accumulate)
+    trainer = GKTTrainer(
+        model,
+        optimizer,
+        build_config(args, data),
+        scheduler=build_scheduler(args, optimizer),
+        device=args.device,
+        amp=args.amp_dtype if args.amp else None,
+        channels_last=args.channels_last,
+        accumulate=args.accumulate,
+        clip_grad_norm=args.clip_grad_norm,
+        ema_decay=args.ema_decay,
+        kd_schedule=LinearWarmup(args.kd_warmup_epochs * steps_per_epoch) if args.kd_warmup_epochs else None,
+        skip_nonfinite=args.skip_nonfinite,
+        compile_blocks=args.compile_blocks,
+        deterministic=args.deterministic,
+    )
+    # Before training, so that a slip doesn't show up only after it.
+    subnets = [
+        named_subnet("evaluate_depths", depths, trainer.gkt.stages) for depths in args.evaluate_depths or ()
+    ]
+    if is_distributed():
+        torch.manual_seed(args.seed + rank())  # the ranks' noise differs
+    output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
+    loggers = build_loggers(args, output)
+    if output is not None and rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        write_arguments(given, trainer.config, output / "args.yaml")
+    resume: bool | Path = True if args.resume == "auto" else False if args.resume == "" else Path(args.resume)
+    trainer.fit(
+        train_loader,
+        epochs=args.epochs,
+        val_loader=val_loader,
+        val_depths=args.track_depths or (),
+        calibration_loader=calibration_loader,
+        output_dir=output,
+        resume=resume,
+        log_interval=args.log_interval,
+        loggers=loggers,
+    )
+    result = trainer.evaluate(val_loader)
+    _print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
+    if trainer.ema_model is not None:
+        result = trainer.evaluate(val_loader, ema=True)
+        _print(f"Test of averaged weights: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f}")
+    for subnet in subnets:
+        result = trainer.evaluate(val_loader, subnet, calibration_loader=calibration_loader)
+        _print(f"Test of depths {subnet}: accuracy {100 * result.accuracy:.2f} %")
+    if output is not None:
+        _print(f"Written to {output}")
+
+
+def _print(line: str) -> None:
+    if rank() == 0:
+        print(line)
