@@ -1,9 +1,7 @@
-"""GKT in a loop with Hugging Face's Accelerate: prepare `GKT` as the model, take the loss from it.
+"""GKT in a loop with Hugging Face's Accelerate. huggingface_accelerate_plain.py is the same without.
 
 accelerate launch examples/huggingface_accelerate.py
 """
-
-from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from gkt_fast import GKT, GKTConfig
 from gkt_fast.data import digits
+from gkt_fast.integrations.accelerate import GKTStep, unwrap_network
 from gkt_fast.models import cifar_resnet
 
 
@@ -19,22 +18,23 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     set_seed(0)
     data, epochs = digits(320), 2
-    gkt = GKT(cifar_resnet(14, data.num_classes, in_channels=data.in_channels), GKTConfig(groups=3))
-    optimizer = torch.optim.SGD(gkt.parameters(), lr=0.05, momentum=0.9)
+    model = cifar_resnet(14, data.num_classes, in_channels=data.in_channels)
+    gkt = GKT(model, GKTConfig(groups=3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 10)
     train_loader = DataLoader(data.train, 16, shuffle=True, drop_last=True)
     gkt, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
         gkt, optimizer, scheduler, train_loader, DataLoader(data.test, 500)
     )
-    model = accelerator.unwrap_model(gkt).model
+    model, step = unwrap_network(accelerator, gkt), GKTStep(accelerator, gkt)
 
     for epoch in range(epochs):
-        gkt.train()
+        model.train()
         for images, targets in train_loader:
             with accelerator.accumulate(gkt):
-                output = gkt(images, targets)
-                accelerator.backward(output.loss)
-                accelerator.clip_grad_norm_(gkt.parameters(), 1.0)
+                loss = step(images, targets).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -45,7 +45,7 @@ def main() -> None:
                 predictions = model(images).argmax(1)
             hits.append(accelerator.gather_for_metrics(predictions == targets))
         accuracy = torch.cat(hits).float().mean().item()
-        accelerator.print(f"epoch {epoch + 1}: loss {output.loss.item():.4f} accuracy {100 * accuracy:.1f} %")
+        accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.4f} accuracy {100 * accuracy:.1f} %")
         accelerator.save_state("accelerate_run")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTERNAL = {
-    "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
+    "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "transformers", "lightning", "accelerate", "onnx",
     "onnxruntime", "tensorboard", "transformers", "wandb", "PIL",
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ ROOMS = {
 FACES = ["data", "losses", "methods", "moved", "selfcheck"]
 """What users import, and no room but the entrances: these may import all but the entrances."""
 
-ENTRANCES = ["__init__", "__main__", "cli", "instruments"]
+ENTRANCES = ["__init__", "__main__", "cli", "instruments", "integrations"]
 """What nothing of the package imports."""
 
 TORCH_FREE = ["config", "methods", "subnets"]
