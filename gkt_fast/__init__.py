@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from .deployment.survival import survival_scaling
     from .gkt import GKT, GKTOutput
-    from .losses import GroupKnowledgeLoss
+    from .losses import GroupKnowledgeLoss, NormalizedCrossEntropy
     from .methods import METHODS, method_config
     from .network.compilation import compile_blocks
     from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
@@ -62,7 +62,7 @@ _NAMES = {
     ),
     "deployment.survival": ("survival_scaling",),
     "gkt": ("GKT", "GKTOutput"),
-    "losses": ("GroupKnowledgeLoss",),
+    "losses": ("GroupKnowledgeLoss", "NormalizedCrossEntropy"),
     "methods": ("METHODS", "method_config"),
     "network.compilation": ("compile_blocks",),
     "ops": ("ghost_batch_norm", "group_knowledge_loss", "use_backend"),
@@ -105,6 +105,7 @@ __all__ = [
     "GroupKnowledgeLoss",
     "LinearWarmup",
     "NonFiniteLossError",
+    "NormalizedCrossEntropy",
     "Stage",
     "Subnet",
     "SubnetResult",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BATCH_NORM_POLICIES", "EXECUTIONS", "GKTConfig", "current_policy"]
+__all__ = ["BATCH_NORM_POLICIES", "DISTILLATIONS", "EXECUTIONS", "GKTConfig", "current_policy"]
 
 EXECUTIONS = (
     "auto",
@@ -21,6 +21,7 @@ EXECUTIONS = (
 )
 """What `execution` may be: "auto", or a file of that name in gkt_fast/execution."""
 
+DISTILLATIONS = ("softmax", "sigmoid")
 BATCH_NORM_POLICIES = ("full", "all_streams")
 """What `batch_norm` may be."""
 
@@ -65,6 +66,8 @@ class GKTConfig:
             share a state share its noise.
         fuse_blocks: whether the model's residual blocks run as fused kernels where they can
             (`gkt_fast.fuse_blocks`): the same numbers up to rounding. Plain training (groups=0) is never fused.
+        distillation: soft labels of `softmax`, one distribution over the classes, or of `sigmoid`, one Bernoulli
+            distribution for each class, for targets that are several labels.
         label_smoothing: of the cross entropy, in [0, 1].
         ignore_index: class index that marks rows without a label.
         distill_ignored: whether rows without a label are distilled.
@@ -95,6 +98,7 @@ class GKTConfig:
     execution: str = "auto"
     independent_noise: bool = False
     fuse_blocks: bool = True
+    distillation: str = "softmax"
     label_smoothing: float = 0.0
     ignore_index: int = -100
     distill_ignored: bool = True
@@ -120,6 +124,7 @@ class GKTConfig:
         object.__setattr__(self, "batch_norm", current_policy(self.batch_norm, stacklevel=4))
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("execution", self.execution, EXECUTIONS)
+        _check_choice("distillation", self.distillation, DISTILLATIONS)
         object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
         self._check_subnets()
         self._check_subnet_alone()

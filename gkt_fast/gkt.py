@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ class GKTOutput:
 
     Args:
         loss: scalar; `loss.backward()` delivers the gradients of all streams, in every execution mode.
-        ce: scalar, detached: cross entropy of the full network; with `train_full=False` of the subnet.
+        ce: scalar, detached, what the full network loses on the targets, without the distillation that `loss` holds:
+            cross entropy, or the value of the criterion; with `train_full=False` of the subnet.
         kd: (S - 1,), detached: distillation term of each subnet.
         logits: (B, C, *spatial), detached: logits of the network that `ce` is of.
         subnets: the subnets of this step, in the order of `kd`.
@@ -52,10 +53,14 @@ class GKT(nn.Module):
         config: the hyper-parameters.
         stages: the stages, where they aren't found automatically: for each the module path of its container, or the
             module paths of its blocks in order (see `stages_from_paths`); or those of another `GKT`.
+        criterion: what logits lose on the targets, where that is not cross entropy: (logits (B, C, *spatial), targets)
+            -> scalar, the mean over the batch. The targets are then whatever it takes. `ce_weight` weighs it for the
+            full network, `subnet_ce_weight` for the subnets. A module without parameters, or any function.
 
     Raises:
-        ValueError: the model has no residual blocks, or config doesn't fit its stages.
-        TypeError: model is not an nn.Module, or config not a GKTConfig.
+        ValueError: the model has no residual blocks, config doesn't fit its stages, or there is a criterion and config
+            sets options of cross entropy, or the criterion has parameters.
+        TypeError: model is not an nn.Module, config not a GKTConfig, or criterion not callable.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class GKT(nn.Module):
         model: nn.Module,
         config: GKTConfig | None = None,
         stages: Stages | None = None,
+        *,
+        criterion: Callable[[Tensor, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         config = GKTConfig() if config is None else config
@@ -70,12 +77,15 @@ class GKT(nn.Module):
             raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
         if not isinstance(config, GKTConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a GKTConfig")
+        if criterion is not None:
+            _check_criterion(criterion, config)
         stages = as_stages(model, stages)
         check_sampling(stages, config)
         if config.fuse_blocks and config.groups:
             fuse_blocks(model)
         self.model = model
         self.config = config
+        self.criterion = criterion
         self.next_step = 0
         self._network = Network(model, stages)
         self._within_budget: GKTConfig | None = None
@@ -125,8 +135,8 @@ class GKT(nn.Module):
 
         Args:
             inputs: the model's input, or a tuple of its positional arguments; batch first.
-            targets: class indices (B, *spatial) int64, or probabilities (B, C, *spatial). None: only the model's own
-                forward, for evaluation; returns what the model returns.
+            targets: class indices (B, *spatial) int64, or probabilities (B, C, *spatial); with a criterion, what that
+                takes. None: only the model's own forward, for evaluation; returns what the model returns.
             step: which subnets to draw. None: an internal counter that is saved with the state and goes up with each
                 call in training mode.
             loss_scale: factor on losses that are differentiated inside the forward (modes `sequential` and `lean`),
@@ -135,12 +145,18 @@ class GKT(nn.Module):
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
-                integer, the model returns no logits, skips blocks by itself or is compiled as a whole.
+                integer, the model returns no logits, skips blocks by itself or is compiled as a whole, or this is
+                one of the copies that DataParallel makes.
         """
         inputs = _as_tuple(inputs)
         if targets is None:
             return self.model(*inputs)
         check_not_compiled(self.model)
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "GKT runs in a copy made by DataParallel, which loses its step counter and statistics; use "
+                "DistributedDataParallel, with one process for each GPU (torchrun)"
+            )
         step = self.next_step if step is None else step
         network = self.network
         network.remember(inputs)
@@ -153,7 +169,8 @@ class GKT(nn.Module):
 
     def _streams(self, subnets: Sequence[Subnet], step: int, kd_weight: float | None = None) -> Streams:
         config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
-        return make_streams(subnets, self.stages, config, sample_resolutions(config, step))
+        resolutions = sample_resolutions(config, step)
+        return make_streams(subnets, self.stages, config, resolutions, self.criterion)
 
     def explain(self, step: int = 0) -> str:
         """A step as text: subnets, states per layer, cost, activations kept for backward, the mode that runs and why.
@@ -224,6 +241,23 @@ class GKT(nn.Module):
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)
         return f"depths={depths}, groups={self.config.groups}, loops={self.config.loops}, sampler={self.config.sampler}"
+
+
+def _check_criterion(criterion: Any, config: GKTConfig) -> None:
+    if not callable(criterion):
+        raise TypeError(f"criterion is {criterion!r}; it must be a function of logits and targets, or None")
+    for field in ("label_smoothing", "ignore_index", "distill_ignored"):
+        value, default = getattr(config, field), getattr(GKTConfig, field)
+        if value != default:
+            raise ValueError(
+                f"{field} is {value} and there is a criterion; it is an option of cross entropy, so that the criterion "
+                f"must see to it, and the configuration leave it at {default}"
+            )
+    if isinstance(criterion, nn.Module) and any(True for _ in criterion.parameters()):
+        raise ValueError(
+            f"criterion is {type(criterion).__name__}, which has parameters; put them into the model, and give GKT a "
+            "criterion without any"
+        )
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import BATCH_NORM_POLICIES, EXECUTIONS, GKTConfig, current_policy
+from ..config import BATCH_NORM_POLICIES, DISTILLATIONS, EXECUTIONS, GKTConfig, current_policy
 from ..methods import METHODS
 from ..subnets.sampling import SAMPLERS
 from .arguments import (
@@ -199,7 +199,12 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 def _add_config(group: argparse._ArgumentGroup) -> None:
     """Adds a flag of the same name for every field of GKTConfig. Without the flag the namespace has no such entry."""
-    choices = {"sampler": [*SAMPLERS], "batch_norm": BATCH_NORM_POLICIES, "execution": EXECUTIONS}
+    choices = {
+        "batch_norm": BATCH_NORM_POLICIES,
+        "distillation": DISTILLATIONS,
+        "execution": EXECUTIONS,
+        "sampler": [*SAMPLERS],
+    }
     kinds = {"int": int, "float": float, "str": str}
     special = {
         "batch_norm": current_policy,

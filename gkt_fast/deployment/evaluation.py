@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,9 @@ class Evaluation:
     """Result over a loader.
 
     Args:
-        accuracy: share of rows whose largest logit is the target's, 0 to 1.
-        loss: mean cross entropy.
+        accuracy: share of rows whose largest logit is the target's, 0 to 1; of targets that are labels (B, C), the
+            share of labels that are right, where a positive logit says yes.
+        loss: mean cross entropy, or mean of the criterion.
         samples: number of rows: images, or positions of a dense prediction; of all ranks.
         mean_iou: of dense predictions, the mean over the classes that occur of intersection over union, 0 to 1;
             None where targets are one per image.
@@ -50,26 +51,29 @@ def evaluate(
     calibration_loader: Iterable[Any] | None = None,
     calibration_samples: int = 2000,
     ignore_index: int = -100,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
     autocast: AbstractContextManager | None = None,
 ) -> Evaluation:
-    """Top-1 accuracy and cross entropy in evaluation mode. The model is left as it was.
+    """Accuracy and loss in evaluation mode. The model is left as it was.
 
     In a distributed run every rank calls this with its own share of the samples (`gkt_fast.distributed.share`), and
     every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
 
     Args:
         model: the network.
-        loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions.
+        loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions. With a
+            criterion also (images, labels) batches, labels (B, C) floating point between 0 and 1.
         depths: evaluate this subnet; None: the full network.
         stages: the model's stages; None: found automatically.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
             (`recalibrate_batch_norm`); None: the model's own statistics.
         calibration_samples: how many of its samples to use, over all ranks.
         ignore_index: rows with this target don't count.
+        criterion: (logits, targets) -> mean over the batch, instead of cross entropy.
         autocast: context to run the model in.
 
     Raises:
-        ValueError: the loader gave no row, or the depths don't fit.
+        ValueError: the loader gave no row, the depths don't fit, or targets are labels and there is no criterion.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
@@ -88,13 +92,25 @@ def evaluate(
                     images, targets = images.to(device), targets.to(device)
                     with autocast or nullcontext():
                         logits = logits_of(model(images)).float()
+                    if criterion is not None:
+                        loss += criterion(logits, targets) * len(targets)
+                    if targets.is_floating_point():
+                        if criterion is None:
+                            raise ValueError(
+                                "targets are floating point; they must be class indices, or there must be a criterion"
+                            )
+                        right = (logits > 0) == (targets > 0.5)
+                        samples += len(targets)
+                        correct += right.flatten(1).double().mean(1).sum()
+                        continue
                     rows, predicted = targets != ignore_index, logits.argmax(1)
                     samples += rows.sum()
                     correct += ((predicted == targets) & rows).sum()
                     if targets.dim() > 1:
                         counts = _count_overlap(predicted, targets, rows, logits.shape[1])
                         overlap = counts if overlap is None else overlap + counts
-                    loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+                    if criterion is None:
+                        loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
         finally:
             if statistics:
                 model.load_state_dict(statistics, strict=False)

@@ -11,8 +11,8 @@ from ..network.calls import logits_of
 from ..network.interception import Site, intercept
 from ..network.look import look
 from ..network.network import Network
-from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
+from .loss import target_loss
 from .step import Mode, StepResult
 
 __all__ = ["MODE", "run_plain"]
@@ -35,9 +35,9 @@ def run_plain(
 
     with intercept(network.model, dropped, skip):
         logits = logits_of(network.model(*inputs))
-    ce = GroupKnowledge(options=LossOptions.from_config(streams.config)).cross_entropy(logits, targets)
+    term = target_loss(logits, targets, streams)
     weight = streams.config.ce_weight
-    return StepResult(ce if weight == 1.0 else weight * ce, ce.detach().reshape(1), logits.detach())
+    return StepResult(term if weight == 1.0 else weight * term, term.detach().reshape(1), logits.detach())
 
 
 def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:

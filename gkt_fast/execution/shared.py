@@ -18,8 +18,8 @@ from ..batch_norm.statistics import (
 from ..network.calls import logits_of
 from ..network.interception import intercept
 from ..network.network import Network
-from ..ops import LossOptions, group_knowledge_loss
 from ..subnets.streams import Streams
+from .loss import joint_loss
 from .states import States
 from .step import Mode, StepResult
 
@@ -53,7 +53,7 @@ def run_shared(
             states.close()
     for updates in states.stream_statistics:
         update_running_statistics(updates)
-    loss, terms = group_knowledge_loss(torch.stack(logits), targets, options=LossOptions.from_config(config))
+    loss, terms = joint_loss(torch.stack(logits), targets, streams)
     freeze_during_backward(loss, layers)
     return StepResult(loss, terms, logits[0].detach())
 

@@ -31,9 +31,9 @@ from ..network.calls import SharedStateError, logits_of
 from ..network.interception import Site, find_layers, intercept
 from ..network.network import Network
 from ..network.noise import DrawDetector, forbid_draws
-from ..ops import LossOptions, group_knowledge_loss
 from ..subnets.plan import Layer, Plan, make_plan
 from ..subnets.streams import Streams
+from .loss import joint_loss
 from .partition import ghost, lead_and_kept
 from .step import Mode, StepResult
 
@@ -114,7 +114,7 @@ def run_stacked(
         logits = stack.per_stream(logits_of(network.model(*inputs)))
     stack.order.end_stream()
     statistics.update()
-    loss, terms = group_knowledge_loss(logits, targets, options=LossOptions.from_config(streams.config))
+    loss, terms = joint_loss(logits, targets, streams)
     _forbid_recomputation(network.model, loss)
     return StepResult(loss, terms, logits[0].detach())
 

@@ -20,7 +20,7 @@ class StepResult:
 
     Args:
         loss: scalar; its backward delivers the gradients of the whole step.
-        terms: (S,), detached: the full network's cross entropy, then each subnet's distillation term.
+        terms: (S,), detached: the full network's term of the targets, then each subnet's distillation term.
         logits: (B, C, *spatial) of the full network, detached.
     """
 

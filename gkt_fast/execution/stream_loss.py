@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
+from .loss import no_targets, target_loss
 
 __all__ = ["StreamLoss"]
 
@@ -32,13 +33,16 @@ class StreamLoss:
         config = self.streams.config
         if stream == 0:
             self.full_logits = logits.detach()
-            term = self._knowledge.full(logits, self.targets)
+            self._knowledge.teach(logits)
+            term = target_loss(logits, self.targets, self.streams)
             loss = _weighted(config.ce_weight, term)
         else:
-            term = self._knowledge.subnet(logits, self.targets, self.streams.group(stream))
+            own_criterion = self.streams.criterion is not None
+            targets = no_targets(logits) if own_criterion else self.targets
+            term = self._knowledge.subnet(logits, targets, self.streams.group(stream))
             loss = _weighted(config.kd_weight, term)
             if config.subnet_ce_weight:
-                loss = loss + config.subnet_ce_weight * self._knowledge.cross_entropy(logits, self.targets)
+                loss = loss + config.subnet_ce_weight * target_loss(logits, self.targets, self.streams)
         self._terms[stream] = term.detach()
         self._losses[stream] = loss.detach()
         return loss
@@ -48,7 +52,7 @@ class StreamLoss:
         return torch.stack([self._losses[stream] for stream in sorted(self._losses)]).sum()
 
     def terms(self) -> Tensor:
-        """(S,): the full network's cross entropy, then each subnet's distillation term."""
+        """(S,): the full network's term of the targets, then each subnet's distillation term."""
         return torch.stack([self._terms[stream] for stream in sorted(self._terms)])
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "reason_against",
     "register",
     "run",
+    "run_in_plain_torch",
     "select",
     "use_backend",
 ]
@@ -100,12 +101,14 @@ class _State:
         given_up: why a backend failed when it ran, by op, backend, device and dtype.
         loaded: the backends that were asked for, each with the reason why it can't be used.
         automatic: the backend that an automatic choice takes, by op, device and dtype.
+        told: what has been said to run in plain torch.
     """
 
     implementations: dict[tuple[str, str], Implementation] = field(default_factory=dict)
     given_up: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)
     loaded: dict[tuple[str, str], tuple[Backend | None, str | None]] = field(default_factory=dict)
     automatic: dict[tuple[str, str, torch.dtype], str] = field(default_factory=dict)
+    told: set[tuple[str, str]] = field(default_factory=set)
 
 
 _state = _State()
@@ -206,6 +209,26 @@ def run(op: str, device: str, dtype: torch.dtype, call: Callable[[Any], Result])
     except (BackendError, NotImplementedError) as error:
         _give_up(op, backend, device, dtype, str(error))
         return run(op, device, dtype, call)  # ends: every turn has one backend less
+
+
+def run_in_plain_torch(op: str, what: str, call: Callable[[Any], Result]) -> Result:
+    """`call` with the op's plain-torch backend, for what no kernel computes; said once.
+
+    Args:
+        op: name of the op.
+        what: what is asked for, in words.
+        call: as of `run`.
+
+    Raises:
+        BackendError: another backend was explicitly requested.
+    """
+    requested = requested_backend()
+    if requested not in (None, "torch"):
+        raise BackendError(f"backend {requested!r} can't run {op} with {what}: only 'torch' can")
+    if (op, what) not in _state.told:
+        _state.told.add((op, what))
+        logger.info("%s with %s runs on 'torch': it has no kernel", op, what)
+    return call(_load(op, "torch")[0])
 
 
 def explain() -> list[dict[str, str]]:

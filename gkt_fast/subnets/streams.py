@@ -6,9 +6,9 @@ Stream 0 is the full network's. Subnets follow loop by loop, in each loop group 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import GKTConfig
 from .subnet import Stage, Subnet
@@ -48,11 +48,13 @@ class Streams:
             a subnet.
         config: the hyper-parameters.
         resolutions: height and width that each subnet's images are resized to; empty: as they are.
+        criterion: what logits lose on the targets, if that is not cross entropy.
     """
 
     dropped: tuple[frozenset[str], ...]
     config: GKTConfig
     resolutions: tuple[int, ...] = ()
+    criterion: Callable[[Any, Any], Any] | None = None
 
     def group(self, stream: int) -> int:
         """The group of a subnet's stream, 1 to G."""
@@ -65,7 +67,11 @@ class Streams:
 
 
 def make_streams(
-    subnets: Sequence[Subnet], stages: Sequence[Stage], config: GKTConfig, resolutions: Sequence[int] = ()
+    subnets: Sequence[Subnet],
+    stages: Sequence[Stage],
+    config: GKTConfig,
+    resolutions: Sequence[int] = (),
+    criterion: Callable[[Any, Any], Any] | None = None,
 ) -> Streams:
     """The streams of a step with these subnets, led by the full network's where it is trained.
 
@@ -74,4 +80,4 @@ def make_streams(
     """
     dropped = tuple(subnet.dropped(stages) for subnet in subnets)
     full = (frozenset(),) if config.train_full else ()
-    return Streams((*full, *dropped), config, tuple(resolutions))
+    return Streams((*full, *dropped), config, tuple(resolutions), criterion)

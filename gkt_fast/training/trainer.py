@@ -68,6 +68,7 @@ class GKTTrainer:
         compile_blocks: whether every residual block is compiled by torch.compile.
         deterministic: whether torch is told to use deterministic algorithms only, for the whole process.
         stages: see `GKT`.
+        criterion: see `GKT`; moved to the device if it is a module. Evaluations report its value as their loss.
         ddp_options: further arguments of DistributedDataParallel.
 
     Raises:
@@ -93,6 +94,7 @@ class GKTTrainer:
         compile_blocks: bool = False,
         deterministic: bool = False,
         stages: Sequence[str | Sequence[str]] | None = None,
+        criterion: Callable[[Tensor, Any], Tensor] | None = None,
         ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         schedule = LearningRateSchedule(scheduler, scheduler_interval)
@@ -106,7 +108,7 @@ class GKTTrainer:
         if deterministic:
             _use_deterministic_algorithms()
         self._placement.model(model)
-        gkt = GKT(model, config, stages)
+        gkt = GKT(model, config, stages, criterion=criterion).to(self.device)
         optimization = Optimization(
             model,
             optimizer,
@@ -200,6 +202,7 @@ class GKTTrainer:
                 ),
                 calibration_samples=calibration_samples,
                 ignore_index=self.config.ignore_index,
+                criterion=self.gkt.criterion,
                 autocast=self._placement.autocast(),
             )
 

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTERNAL = {
-    "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "transformers", "lightning", "accelerate", "onnx",
-    "onnxruntime", "tensorboard", "transformers", "wandb", "PIL",
+    "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
+    "accelerate", "lightning", "onnxruntime", "tensorboard", "wandb", "PIL",
 }  # fmt: skip
 
 ROOMS = {

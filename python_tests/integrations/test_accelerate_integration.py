@@ -63,5 +63,5 @@ def test_saved_states_hold_the_step(tmp_path):
 
 
 def test_only_a_prepared_gkt_is_taken():
-    with pytest.raises(TypeError, match="gkt is CifarResNet; it must be the prepared gkt_fast.GKT"):
+    with pytest.raises(TypeError, match="gkt is CifarResNet; it must be the prepared"):
         GKTStep(Accelerator(cpu=True), cifar_resnet(14, 3, width=4))

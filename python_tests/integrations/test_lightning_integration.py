@@ -29,8 +29,15 @@ def module(config: GKTConfig | None = None, **options) -> GKTModule:
     return GKTModule(cifar_resnet(14, 3, width=4), config or GKTConfig(groups=2), optimizer=SGD, **options)
 
 
-def fit(gkt_module: GKTModule, folder, *, batch: int = 4, val=None, ckpt_path=None, **options) -> lightning.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+def fit(
+    gkt_module: GKTModule, folder, *, batch: int = 4, val=None, ckpt_path=None, **options
+) -> lightning.Trainer:
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": "cpu",
+    }
     options = {"enable_checkpointing": False, "max_epochs": 1} | options
     trainer = lightning.Trainer(default_root_dir=folder, **quiet, **options)
     trainer.fit(gkt_module, DataLoader(images(), batch), val, ckpt_path=ckpt_path)
@@ -44,7 +51,9 @@ def weights(gkt_module: GKTModule) -> torch.Tensor:
 def test_accumulated_batches_share_one_set_of_subnets(tmp_path):
     gkt_module = module()
     steps, run = [], gkt_module.gkt.forward
-    gkt_module.gkt.forward = lambda *args, step, **options: steps.append(step) or run(*args, step=step, **options)
+    gkt_module.gkt.forward = lambda *args, step, **options: (
+        steps.append(step) or run(*args, step=step, **options)
+    )
     fit(gkt_module, tmp_path, batch=2, accumulate_grad_batches=2)
     assert steps == [0, 0, 1, 1]
 
@@ -67,7 +76,9 @@ def test_logged_losses_and_accuracy(tmp_path):
     gkt_module = module(criterion=partial(F.cross_entropy, label_smoothing=0.1))
     trainer = fit(gkt_module, tmp_path, val=DataLoader(images(), 8))
     metrics = trainer.callback_metrics
-    assert metrics["train_loss"] == pytest.approx(metrics["train_ce"].item() + metrics["train_kd"].item(), rel=1e-5)
+    assert metrics["train_loss"] == pytest.approx(
+        metrics["train_ce"].item() + metrics["train_kd"].item(), rel=1e-5
+    )
     logits = gkt_module.eval()(images().tensors[0])
     targets = images().tensors[1]
     expected = F.cross_entropy(logits, targets, label_smoothing=0.1)

@@ -64,7 +64,9 @@ def test_without_a_criterion_it_is_made_as_timm_makes_it():
     task = GKTTask(network(), criterion_kwargs={"smoothing": 0.1}, config=GKTConfig(groups=2))
     assert isinstance(task.criterion, LabelSmoothingCrossEntropy)
     assert task.gkt.config.label_smoothing == 0.1
-    with pytest.raises(ValueError, match=r"label_smoothing is 0\.2 in the configuration and 0\.1 in the criterion"):
+    with pytest.raises(
+        ValueError, match=r"label_smoothing is 0\.2 in the configuration and 0\.1 in the criterion"
+    ):
         GKTTask(network(), LabelSmoothingCrossEntropy(0.1), GKTConfig(label_smoothing=0.2))
     with pytest.raises(ValueError, match="label_smoothing"):
         GKTTask(network(), BinaryCrossEntropy(), GKTConfig(label_smoothing=0.2))
@@ -139,4 +141,6 @@ def test_validation_is_of_the_network_alone():
     assert model(IMAGES).shape == (4, 3)
     evaluator = task.create_evaluator()
     evaluator.update(model(IMAGES), TARGETS)
-    assert evaluator.compute()["loss"] == pytest.approx(F.cross_entropy(model(IMAGES), TARGETS).item(), rel=1e-5)
+    assert evaluator.compute()["loss"] == pytest.approx(
+        F.cross_entropy(model(IMAGES), TARGETS).item(), rel=1e-5
+    )

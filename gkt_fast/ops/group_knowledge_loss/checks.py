@@ -18,6 +18,7 @@ __all__ = [
     "check_tensors",
     "fraction",
     "integer",
+    "one_of",
     "positive",
     "weight",
 ]
@@ -39,6 +40,14 @@ def integer(least: int | None = None) -> Check:
 def boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def one_of(*choices: str) -> Check:
+    def check(name: str, value: object) -> None:
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it must be {' or '.join(map(repr, choices))}")
+
+    return check
 
 
 def _number(in_range: Callable[[float], bool], requirement: str) -> Check:

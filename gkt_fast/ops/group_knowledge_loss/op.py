@@ -26,7 +26,7 @@ from torch.autograd import Function
 from .. import library
 from ..dtypes import FLOAT_DTYPES
 from ..native import native_cuda_module, native_module
-from ..registry import Implementation, register, run
+from ..registry import Implementation, register, run, run_in_plain_torch
 from .checks import check_streams, check_tensors
 from .native import CppBackend, CudaBackend
 from .options import SCHEMA, LossOptions, lists_options, loss_options
@@ -47,7 +47,7 @@ def group_knowledge_loss(
     targets: Tensor,
     *,
     options: LossOptions | None = None,
-    **fields: int | float | bool,
+    **fields: int | float | bool | str,
 ) -> tuple[Tensor, Tensor]:
     """Loss of Group Knowledge based Training over the logits of all streams (formula: module docstring).
 
@@ -99,12 +99,15 @@ def _forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, 
     problem = Problem(LossOptions.unflatten(tuple(flat)), gradient_scale)
     loss, terms, gradient = outputs(logits, with_gradient)
     tensors = logits, targets, loss, terms, gradient if with_gradient else None
-    run(
-        NAME,
-        logits.device.type,
-        logits.dtype,
-        lambda backend: backend.forward(problem, *tensors),
-    )
+    if problem.options.distillation == "sigmoid":
+        run_in_plain_torch(NAME, "distillation='sigmoid'", lambda backend: backend.forward(problem, *tensors))
+    else:
+        run(
+            NAME,
+            logits.device.type,
+            logits.dtype,
+            lambda backend: backend.forward(problem, *tensors),
+        )
     return loss, terms, gradient
 
 

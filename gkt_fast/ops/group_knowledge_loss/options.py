@@ -41,6 +41,8 @@ class LossOptions:
         ignore_index: rows of this target count neither in a cross entropy nor in its mean.
         label_smoothing: as in torch's cross_entropy, in [0, 1].
         distill_ignored: whether rows of target `ignore_index` are distilled all the same.
+        distillation: soft labels of "softmax", one distribution over the classes, or of "sigmoid", one Bernoulli
+            distribution for each class. The kernels know the first; plain torch runs the second.
 
     Raises:
         TypeError: an option has the wrong type, or there is none of that name.
@@ -59,6 +61,7 @@ class LossOptions:
     ignore_index: int = _option(-100, checks.integer())
     label_smoothing: float = _option(0.0, checks.fraction)
     distill_ignored: bool = _option(True, checks.boolean)
+    distillation: str = _option("softmax", checks.one_of("softmax", "sigmoid"))
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS:
@@ -85,7 +88,7 @@ SCHEMA = ", ".join(f"{option.type} {option.name}" for option in fields(LossOptio
 """The options among the arguments of a torch.library op."""
 
 
-def loss_options(options: LossOptions | None, **fields: int | float | bool) -> LossOptions:
+def loss_options(options: LossOptions | None, **fields: int | float | bool | str) -> LossOptions:
     """`options`, or the defaults, with some fields replaced."""
     if options is None:
         if torch.compiler.is_compiling():

@@ -35,15 +35,19 @@ class GroupKnowledge:
         ValueError: an option is out of range.
     """
 
-    def __init__(self, *, options: LossOptions | None = None, **fields: int | float | bool) -> None:
+    def __init__(self, *, options: LossOptions | None = None, **fields: int | float | bool | str) -> None:
         self.options = loss_options(options, **fields)
         self._knowledge: dict[int, Tensor] = {}
 
     def full(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Stores the full network's knowledge and returns its cross entropy, a scalar, not weighted."""
         ce = self.cross_entropy(logits, targets)
-        self._knowledge[0] = self._normalized(logits.detach())
+        self.teach(logits)
         return ce
+
+    def teach(self, logits: Tensor) -> None:
+        """Stores the full network's knowledge alone."""
+        self._knowledge[0] = self._normalized(logits.detach())
 
     def subnet(self, logits: Tensor, targets: Tensor, group: int) -> Tensor:
         """Returns kd of a subnet of `group` against group - 1, a scalar, not weighted; updates K_group.
@@ -57,8 +61,8 @@ class GroupKnowledge:
             )
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
         normalized = self._normalized(logits)
-        log_p = F.log_softmax(self._knowledge[group - 1] / self.options.temperature, dim=1)
-        log_q = F.log_softmax(normalized / self.options.temperature, dim=1)
+        log_p = self._log_soft_labels(self._knowledge[group - 1])
+        log_q = self._log_soft_labels(normalized)
         divergence = _divergence(log_p, log_q)
         if self.options.distill_ignored or targets.is_floating_point():
             kd = divergence.mean()
@@ -82,6 +86,16 @@ class GroupKnowledge:
             label_smoothing=self.options.label_smoothing,
         )
 
+    def _log_soft_labels(self, knowledge: Tensor) -> Tensor:
+        """(B, C, *spatial); with sigmoids (B, 2 C, *spatial): of every class that it is there, then that it isn't.
+
+        The Bernoulli divergences of the classes are then one sum over dimension 1, whose soft labels sum to C.
+        """
+        scaled = knowledge / self.options.temperature
+        if self.options.distillation == "softmax":
+            return F.log_softmax(scaled, dim=1)
+        return torch.cat([F.logsigmoid(scaled), F.logsigmoid(-scaled)], dim=1)
+
     def _normalized(self, logits: Tensor) -> Tensor:
         logits = logits.to(accumulation_dtype(logits.dtype))
         if not self.options.normalize_logits:
@@ -104,7 +118,7 @@ def group_knowledge_loss_reference(
     targets: Tensor,
     *,
     options: LossOptions | None = None,
-    **fields: int | float | bool,
+    **fields: int | float | bool | str,
 ) -> tuple[Tensor, Tensor]:
     """`group_knowledge_loss` in plain torch: same arguments and results, differentiated by autograd."""
     o = loss_options(options, **fields)
