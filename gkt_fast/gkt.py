@@ -236,7 +236,7 @@ class GKT(nn.Module):
             self._within_budget = self.config.replace(min_depth=tuple(min_depth), budget=None)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        super().__setstate__(_since_0_2(state))
+        super().__setstate__({"criterion": None} | _since_0_2(state))
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)

@@ -18,9 +18,9 @@ from ..data import Data
 from ..distributed import is_distributed, share, world_size
 from ..methods import method_config
 from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
+from .config_flags import CONFIG_FIELDS
 from .parser import did_you_mean
 from .requirements import require
-from .train import CONFIG_FIELDS
 
 __all__ = [
     "build_config",

@@ -32,7 +32,7 @@ from .arguments import chosen_device
 from .parser import Parser
 from .recipe import build_model
 from .requirements import require
-from .subnets import add_run_arguments
+from .run_flags import add_run_arguments
 
 __all__ = ["print_subnets"]
 

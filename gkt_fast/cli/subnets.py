@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from .arguments import add_device, parse_integer, parse_min_depth, parse_number
-from .train import add_arguments as add_train_arguments
+from .run_flags import add_run_arguments
 
-__all__ = ["add_arguments", "add_run_arguments"]
+__all__ = ["add_arguments"]
 
 
 def print_subnets(args: argparse.Namespace) -> None:
@@ -61,28 +61,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the best subnet: least accuracy, 0 to 1; default: none",
     )
     add("--export-onnx", type=Path, metavar="PATH", help="write the best subnet as ONNX; default: don't")
-
-
-RUN_ARGUMENTS = (
-    *("model", "data", "train_images", "image_size", "train_crop", "augment", "random_erasing"),
-    *("batch_size", "workers"),
-)
-"""Those flags of `train` that say which network and which images."""
-
-
-def add_run_arguments(
-    parser: argparse._ArgumentGroup | argparse.ArgumentParser, defaults: bool = False
-) -> None:
-    """The flags of `train` that say what was trained; with `defaults`, those of `train`, else none."""
-    train = argparse.ArgumentParser(add_help=False)
-    add_train_arguments(train)
-    for action in train._actions:
-        if action.dest in RUN_ARGUMENTS:
-            default = action.default if defaults else argparse.SUPPRESS
-            parser.add_argument(
-                *action.option_strings,
-                type=action.type,
-                choices=action.choices,
-                default=default,
-                help=action.help,
-            )

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXTERNAL = {
     "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
-    "accelerate", "lightning", "onnxruntime", "tensorboard", "wandb", "PIL",
+    "accelerate", "lightning", "onnxruntime", "tensorboard", "transformers", "wandb", "PIL",
 }  # fmt: skip
 
 ROOMS = {

@@ -140,6 +140,7 @@ def test_label_smoothing_factor_is_gkts(tmp_path):
         Trainer(resnet(), arguments(tmp_path, label_smoothing_factor=0.2), gkt=GKTConfig(label_smoothing=0.1))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
     plain = train(tmp_path, vit())
     checkpointed = train(tmp_path, vit(), gradient_checkpointing=True)

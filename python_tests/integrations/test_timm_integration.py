@@ -110,6 +110,7 @@ def test_grad_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
 def test_torchcompile_compiles_the_blocks():
     model = vit()
     task = GKTTask(model, config=GKTConfig(groups=2))

@@ -145,6 +145,7 @@ def test_every_option_comes_from_the_configuration():
     config = GKTConfig(
         groups=2, loops=2, ema=0.1, temperature=3.0, normalize_logits=True, ce_weight=0.5, kd_weight=0.25,
         subnet_ce_weight=0.125, ignore_index=7, label_smoothing=0.2, distill_ignored=False,
+        distillation="sigmoid",
     )  # fmt: skip
     options, defaults = LossOptions.from_config(config), LossOptions()
     differ = {name for name in vars(defaults) if getattr(options, name) != getattr(defaults, name)}
