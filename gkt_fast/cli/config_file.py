@@ -11,7 +11,7 @@ import yaml
 if TYPE_CHECKING:
     from ..config import GKTConfig
 
-__all__ = ["with_config_file", "write_arguments"]
+__all__ = ["argument_values", "with_config_file", "write_arguments"]
 
 SEVERAL = ("evaluate-depths", "track-depths", "log")
 """Flags that take several values."""
@@ -63,9 +63,13 @@ def write_arguments(args: argparse.Namespace, config: GKTConfig, path: Path) -> 
         config: the configuration that resulted from the method and the flags; its values are written.
         path: where to.
     """
+    path.write_text(yaml.safe_dump(argument_values(args, config), sort_keys=False))
+
+
+def argument_values(args: argparse.Namespace, config: GKTConfig) -> dict[str, Any]:
+    """All flags by their names, as plain values; those of the configuration as it resulted."""
     values = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
-    values = {name: _plain(value) for name, value in values.items()} | config.to_dict()
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return {name: _plain(value) for name, value in values.items()} | config.to_dict()
 
 
 def _plain(value: Any) -> Any:

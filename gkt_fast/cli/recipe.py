@@ -16,6 +16,7 @@ from .. import models
 from ..config import GKTConfig
 from ..data import Data
 from ..distributed import is_distributed, share, world_size
+from ..losses import NormalizedCrossEntropy
 from ..methods import method_config
 from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
 from .config_flags import CONFIG_FIELDS
@@ -24,6 +25,7 @@ from .requirements import require
 
 __all__ = [
     "build_config",
+    "build_criterion",
     "build_loaders",
     "build_loggers",
     "build_model",
@@ -57,6 +59,13 @@ def build_config(args: argparse.Namespace, data: Data) -> GKTConfig:
     given = {name: value for name, value in vars(args).items() if name in CONFIG_FIELDS}
     image_size = data.train[0][0].shape[-1] if args.method == "st++" else None
     return method_config(args.method, image_size, **given)
+
+
+def build_criterion(args: argparse.Namespace, config: GKTConfig) -> nn.Module | None:
+    """What the targets' term is, if not the fused cross entropy of raw logits."""
+    if not args.normalize_ce:
+        return None
+    return NormalizedCrossEntropy(label_smoothing=config.label_smoothing)
 
 
 def build_model(name: str, data: Data) -> nn.Module:
@@ -110,13 +119,12 @@ def build_scheduler(
     """The learning-rate schedule, in epochs; None: the rate stays as it is."""
     if args.sched == "none":
         return None
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.epochs - args.warmup_epochs, 1))
-    if not args.warmup_epochs:
+    warmup_epochs = min(5, args.epochs // 4) if args.warmup_epochs is None else args.warmup_epochs
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.epochs - warmup_epochs, 1))
+    if not warmup_epochs:
         return cosine
-    warmup = torch.optim.lr_scheduler.LinearLR(
-        optimizer, 1 / (args.warmup_epochs + 1), total_iters=args.warmup_epochs
-    )
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[args.warmup_epochs])
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warmup_epochs + 1), total_iters=warmup_epochs)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_epochs])
 
 
 def synchronized(args: argparse.Namespace, model: nn.Module) -> nn.Module:

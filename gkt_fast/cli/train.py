@@ -107,13 +107,17 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
     add("--epochs", type=parse_integer(0), default=20, help="epochs in all, those of a resumed run included")
     add("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer; sgd has Nesterov's momentum")
-    add("--lr", type=parse_number(0), default=0.1, help="learning rate after the warm-up")
+    add("--lr", type=parse_number(0), default=0.05, help="learning rate after the warm-up")
     add("--momentum", type=parse_number(0), default=0.9, help="of sgd")
     add("--weight-decay", type=parse_number(0), default=5e-4, help="of the optimizer, on all parameters")
     add(
         "--sched", choices=["cosine", "none"], default="cosine", help="how the learning rate falls, by epochs"
     )
-    add("--warmup-epochs", type=parse_integer(0), default=0, help="epochs in which the learning rate rises")
+    add(
+        "--warmup-epochs",
+        type=parse_integer(0),
+        help="epochs in which the learning rate rises; default: a quarter of all, at most 5",
+    )
     add("--accumulate", type=parse_integer(1), default=1, help="batches of an optimizer step")
     add(
         "--clip-grad-norm",
@@ -128,6 +132,11 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="of an average of the weights, which is evaluated too; default: none",
     )
     add("--kd-warmup-epochs", type=parse_integer(0), default=0, help="epochs in which kd_weight grows from 0")
+    add(
+        "--normalize-ce",
+        **SWITCH,
+        help="cross entropy of logits standardised over classes, as the code of ST++",
+    )
     add("--skip-nonfinite", **SWITCH, help="take steps with NaN or infinite losses or gradients back")
 
 

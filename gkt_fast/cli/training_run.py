@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -13,9 +12,9 @@ from ..training.schedules import LinearWarmup
 from ..training.trainer import GKTTrainer
 from ..training.validation import named_subnet
 from .arguments import chosen_device
-from .config_file import write_arguments
 from .recipe import (
     build_config,
+    build_criterion,
     build_loaders,
     build_loggers,
     build_model,
@@ -24,6 +23,7 @@ from .recipe import (
     check_requirements,
     synchronized,
 )
+from .resume import RunRecord, checkpoint_to_resume
 
 __all__ = ["train"]
 
@@ -55,10 +55,16 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
     optimizer = build_optimizer(args, model)
     train_loader, val_loader, calibration_loader = build_loaders(args, data)
     steps_per_epoch = -(-len(train_loader) // args.accumulate)
+    config = build_config(args, data)
+    output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
+    checkpoint = checkpoint_to_resume(args, output)
+    record = RunRecord(given, config, output, checkpoint)
+    criterion = build_criterion(args, config)
     trainer = GKTTrainer(
         model,
         optimizer,
-        build_config(args, data),
+        config if criterion is None else config.replace(label_smoothing=0.0),
+        criterion=criterion,
         scheduler=build_scheduler(args, optimizer),
         device=args.device,
         amp=args.amp_dtype if args.amp else None,
@@ -77,27 +83,26 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
     ]
     if is_distributed():
         torch.manual_seed(args.seed + rank())  # the ranks' noise differs
-    output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
-    loggers = build_loggers(args, output)
-    if output is not None and rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_arguments(given, trainer.config, output / "args.yaml")
-    resume: bool | Path = True if args.resume == "auto" else False if args.resume == "" else Path(args.resume)
     trainer.fit(
         train_loader,
         epochs=args.epochs,
         val_loader=val_loader,
         val_depths=args.track_depths or (),
         calibration_loader=calibration_loader,
+        calibrate_full=args.calibrate_full,
         output_dir=output,
-        resume=resume,
+        resume=False if checkpoint is None else checkpoint,
         log_interval=args.log_interval,
-        loggers=loggers,
+        loggers=build_loggers(args, output),
+        callbacks=[record],
     )
-    result = trainer.evaluate(val_loader)
+    if record.finished and not subnets:
+        return
+    calibration = {"calibration_loader": calibration_loader} if args.calibrate_full else {}
+    result = trainer.evaluate(val_loader, **calibration)
     _print(f"Test: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f} ({result.samples} images)")
     if trainer.ema_model is not None:
-        result = trainer.evaluate(val_loader, ema=True)
+        result = trainer.evaluate(val_loader, ema=True, **calibration)
         _print(f"Test of averaged weights: accuracy {100 * result.accuracy:.2f} % loss {result.loss:.4f}")
     for subnet in subnets:
         result = trainer.evaluate(val_loader, subnet, calibration_loader=calibration_loader)

@@ -103,6 +103,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} can't be read; it may be cut off or damaged ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        if isinstance(state, dict) and found is None:
+            names = ", ".join(map(str, [*state][:6]))
+            raise CheckpointError(
+                f"{path} is not a gkt_fast checkpoint: other code wrote it (it holds {names}). "
+                "Those of the Stimulative Training code can't be loaded, since its networks have layers of their own"
+            )
         raise CheckpointError(f"{path} is not a gkt_fast checkpoint of format {FORMAT} (found {found!r})")
     return state
 

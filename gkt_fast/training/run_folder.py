@@ -26,8 +26,8 @@ class RunFolder:
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
 
-    def open(self, resume: bool | str | Path) -> Path | None:
-        """Makes the folder, and removes what a run that was killed left half written.
+    def checkpoint(self, resume: bool | str | Path) -> Path | None:
+        """Where to go on from. Nothing is written yet: a run that is refused leaves the folder as it was.
 
         Args:
             resume: as of `GKTTrainer.fit`.
@@ -35,9 +35,6 @@ class RunFolder:
         Returns:
             The checkpoint to go on from; None: there is none, or training starts anew.
         """
-        if self.path is not None and rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            remove_temporary_files(self.path)
         if isinstance(resume, (str, Path)):
             return Path(resume)
         if not resume or self.path is None:
@@ -45,9 +42,11 @@ class RunFolder:
         last = self.path / "last.pt"
         return last if last.exists() else None
 
-    def write_config(self, config: GKTConfig) -> None:
-        """Writes the hyper-parameters."""
+    def open(self, config: GKTConfig) -> None:
+        """Makes the folder, removes what a run that was killed left half written, and writes the hyper-parameters."""
         if self.path is not None and rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_temporary_files(self.path)
             (self.path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def summary(self, first_epoch: int) -> list[CsvLogger]:

@@ -129,6 +129,7 @@ class TrainingState:
         return {
             "model": self.gkt.model.state_dict(),
             "optimizer": self.optimization.optimizer.state_dict(),
+            "optimizer_class": type(self.optimization.optimizer).__name__,
             "scheduler": self.schedule.state_dict(),
             "scaler": self.optimization.scaler.state_dict(),
             "ema": None if self.weight_average is None else self.weight_average.state_dict(),
@@ -167,9 +168,15 @@ class TrainingState:
         """Checks, before anything is loaded, that a checkpoint is of a run like this one, apart from the model.
 
         Raises:
-            CheckpointError: the optimizers' parameter groups differ in size, one run has a scheduler or averaged
-                weights and the other has none, or the numbers of distillation terms differ.
+            CheckpointError: the optimizers are of other classes or their parameter groups differ in size, one run has
+                a scheduler or averaged weights and the other has none, or the numbers of distillation terms differ.
         """
+        own = type(self.optimization.optimizer).__name__
+        other = saved.get("optimizer_class") or _optimizer_by_options(saved["optimizer"], own)
+        if other != own:
+            raise CheckpointError(
+                f"{path} was written with the optimizer {other}; this trainer has {own}, which can't take its state"
+            )
         sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
         own_sizes = [len(group["params"]) for group in self.optimization.optimizer.param_groups]
         if sizes != own_sizes:
@@ -189,3 +196,11 @@ class TrainingState:
                 raise CheckpointError(
                     f"{path} was written with {name}={saved['config'][name]}, not {getattr(config, name)}"
                 )
+
+
+def _optimizer_by_options(saved: dict[str, Any], own: str) -> str:
+    """The class of the optimizer that wrote a checkpoint of 0.1, which doesn't name it, as its options tell it."""
+    options = {name for group in saved["param_groups"] for name in group}
+    kinds = {"SGD": {"momentum", "dampening", "nesterov"}, "Adam or AdamW": {"betas", "eps", "amsgrad"}}
+    found = next((name for name, needed in kinds.items() if needed <= options), own)
+    return own if own in found.split(" or ") else found

@@ -214,6 +214,7 @@ class GKTTrainer:
         val_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
         val_depths: Sequence[Subnet | Sequence[int]] = (),
         calibration_loader: Iterable[Any] | None = None,
+        calibrate_full: bool = False,
         output_dir: str | Path | None = None,
         resume: bool | str | Path = True,
         log_interval: int = 50,
@@ -235,6 +236,7 @@ class GKTTrainer:
             val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
                 estimated on the calibration_loader; `val_accuracy_D-D-D` in the metrics.
             calibration_loader: training images as they are without mixup and the like; None: the train_loader.
+            calibrate_full: whether the full network is evaluated with such statistics too, instead of its running ones.
             output_dir: folder of the run; None: nothing is written.
             resume: True: go on from `last.pt` in `output_dir` if there is one. A path: go on from that checkpoint.
                 False: start anew.
@@ -263,10 +265,11 @@ class GKTTrainer:
             [named_subnet("val_depths", depths, self.gkt.stages) for depths in val_depths],
             train_loader if calibration_loader is None else calibration_loader,
             averaged=self.ema_model is not None,
+            calibrate_full=calibrate_full,
         )
         folder = RunFolder(output_dir)
-        state.begin(train_loader, folder.open(resume))
-        folder.write_config(self.config)
+        state.begin(train_loader, folder.checkpoint(resume))
+        folder.open(self.config)
         loop = TrainingLoop(
             state,
             self.step,

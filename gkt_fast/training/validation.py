@@ -24,6 +24,7 @@ class Validation:
         subnets: those to evaluate.
         calibration_loader: images for the subnets' BatchNorm statistics.
         averaged: whether there are averaged weights to evaluate.
+        calibrate_full: whether the full network is evaluated with such statistics too.
 
     Raises:
         ValueError: there are subnets and no loader.
@@ -34,6 +35,7 @@ class Validation:
     subnets: Sequence[Subnet]
     calibration_loader: Iterable[Any]
     averaged: bool
+    calibrate_full: bool = False
 
     def __post_init__(self) -> None:
         if self.subnets and self.loader is None:
@@ -45,10 +47,11 @@ class Validation:
         """The metrics of the epoch that has just been trained; their names begin with `val_`."""
         if self.loader is None:
             return {}
-        full = self.evaluate(self.loader)
+        options = {"calibration_loader": self.calibration_loader} if self.calibrate_full else {}
+        full = self.evaluate(self.loader, **options)
         metrics = {"val_accuracy": full.accuracy, "val_loss": full.loss}
         if self.averaged:
-            averaged = self.evaluate(self.loader, ema=True)
+            averaged = self.evaluate(self.loader, ema=True, **options)
             metrics |= {"val_accuracy_ema": averaged.accuracy, "val_loss_ema": averaged.loss}
         for subnet in self.subnets:
             evaluation = self.evaluate(self.loader, subnet, calibration_loader=self.calibration_loader)
