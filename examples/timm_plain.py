@@ -39,9 +39,8 @@ def main() -> None:
             task.update_ema()
             losses.update(loss.item(), len(images))
         scheduler.step(epoch + 1)
-        print(
-            f"epoch {epoch + 1}: loss {losses.avg:.3g} top1 {validate(task.get_eval_model(), data.test):.1f} %"
-        )
+        top1 = validate(task.get_eval_model(), data.test)
+        print(f"epoch {epoch + 1}: loss {losses.avg:.3g} top1 {top1:.1f} %")
     print(f"averaged weights: top1 {validate(task.get_eval_model(ema=True), data.test):.1f} %")
 
 

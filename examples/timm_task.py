@@ -30,19 +30,20 @@ def main() -> None:
 
     for epoch in range(epochs):
         task.train()
-        losses = AverageMeter()
+        losses, kd_losses = AverageMeter(), AverageMeter()
         for images, targets in train_loader:
-            loss = task(images, targets)["loss"]
+            result = task(images, targets)
+            loss = result["loss"]
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.get_clip_parameters(), 1.0)
             optimizer.step()
             task.update_ema()
             losses.update(loss.item(), len(images))
+            kd_losses.update(result["kd_loss"].item(), len(images))
         scheduler.step(epoch + 1)
-        print(
-            f"epoch {epoch + 1}: loss {losses.avg:.3g} top1 {validate(task.get_eval_model(), data.test):.1f} %"
-        )
+        top1 = validate(task.get_eval_model(), data.test)
+        print(f"epoch {epoch + 1}: loss {losses.avg:.3g} kd_loss {kd_losses.avg:.3g} top1 {top1:.1f} %")
     print(f"averaged weights: top1 {validate(task.get_eval_model(ema=True), data.test):.1f} %")
 
 

@@ -23,6 +23,34 @@ def numbers(pattern: str, text: str) -> list[float]:
     return found
 
 
+PAIRS = {
+    "timm": ("timm_plain.py", "timm_task.py"),
+    "huggingface": ("huggingface_trainer_plain.py", "huggingface_trainer.py"),
+    "lightning": ("lightning_plain.py", "lightning_module.py"),
+    "accelerate": ("huggingface_accelerate_plain.py", "huggingface_accelerate.py"),
+}
+"""For each library's page the script as it is written for the library, and the same with GKT."""
+
+
+def body_of(script: str) -> list[str]:
+    """Without the docstring, which says what the script is."""
+    return (ROOT / "examples" / script).read_text().partition('\n"""\n')[2].splitlines()
+
+
+@pytest.mark.parametrize("library", PAIRS)
+def test_each_page_shows_exactly_what_the_librarys_script_changes(library):
+    lines = difflib.unified_diff(*map(body_of, PAIRS[library]), n=1, lineterm="")
+    expected = ["@@" if line.startswith("@@") else line.rstrip() for line in lines][2:]
+    page = (ROOT / "docs" / f"{library}.md").read_text()
+    (shown,) = [block for block in fenced_blocks(page) if block.language == "diff"]
+    assert [line.rstrip() for line in shown.text.splitlines()] == expected
+
+
+@pytest.mark.parametrize("library", PAIRS)
+def test_the_scripts_without_gkt_run(library, tmp_path):
+    assert run_script(f"examples/{PAIRS[library][0]}", folder=tmp_path)
+
+
 def code_of(script: str) -> list[str]:
     """Without the first line, which says what the script is."""
     return (ROOT / "examples" / script).read_text().splitlines()[1:]
@@ -58,15 +86,14 @@ def test_timm_task(capsys):
     assert numbers("averaged weights: top1", printed)
 
 
-def test_timm_task_in_timms_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def test_timm_task_in_timms_checkpoints(tmp_path):
     import timm
-    from timm_task import GKTTask
 
     from gkt_fast import GKTConfig
+    from gkt_fast.integrations.timm import GKTTask
 
     def make() -> GKTTask:
-        return GKTTask(timm.create_model("resnet18", num_classes=3), GKTConfig())
+        return GKTTask(timm.create_model("resnet18", num_classes=3), config=GKTConfig())
 
     task = make()
     task.setup_ema(decay=0.5)
@@ -111,4 +138,4 @@ def test_huggingface_accelerate(tmp_path):
     printed = run_script("examples/huggingface_accelerate.py", folder=tmp_path)
     assert numbers("accuracy", printed)[-1] > 30
     state = load_file(tmp_path / "accelerate_run" / "model.safetensors")
-    assert state["_extra_state"][0] == 40
+    assert state["_extra_state"][0] == 20  # optimizer steps, of two batches each
