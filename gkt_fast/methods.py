@@ -7,7 +7,8 @@
     subnet the full network's soft labels.
 `st++`: Stimulative Training++ (Ye et al., arXiv 2305.02507). Five subnets, soft labels of standardised logits ("KL-"),
     and images of subnets resized to a random, smaller resolution. The cross entropy stays on raw logits, where the
-    authors' code standardises those too. Its third strategy, restricting how depths vary over stages, is `min_depth`.
+    authors' code standardises those too: `NormalizedCrossEntropy` as the criterion, `train --normalize-ce`. Its third
+    strategy, restricting how depths vary over stages, is `min_depth`.
 `gkt`: this package's own, with the defaults of `GKTConfig`.
 """
 

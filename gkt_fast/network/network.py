@@ -19,6 +19,9 @@ from .profile import count_layers, one_sample, same_form, zeros_for
 
 __all__ = ["Network"]
 
+KEPT_FORMS = 16
+"""Forms of inputs whose layers stay counted, for images whose size changes from batch to batch."""
+
 logger = logging.getLogger("gkt_fast")
 
 
@@ -53,6 +56,7 @@ class Network:
         self._told: set[str] = set()
         self._example: tuple[Any, ...] | None = None
         self._layers: list[Layer] | None = None
+        self._counted: list[tuple[tuple[Any, ...], list[Layer]]] = []
         self._noisy: tuple[list[bool], frozenset[str]] | None = None
 
     def of(self, model: nn.Module) -> Network:
@@ -62,10 +66,12 @@ class Network:
         return other
 
     def remember(self, inputs: tuple[Any, ...]) -> None:
-        """Keeps the form of one sample of the model's inputs, without its values; another form is counted anew."""
+        """Keeps the form of one sample of the model's inputs, without its values; a new form is counted anew."""
         example = one_sample(inputs)
-        if self._example is None or not same_form(example, self._example):
-            self._example, self._layers, self._noisy = example, None, None
+        if self._example is not None and same_form(example, self._example):
+            return
+        counted = (layers for form, layers in self._counted if same_form(example, form))
+        self._example, self._layers, self._noisy = example, next(counted, None), None
 
     def layers(self, independent_noise: bool = False) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost for one sample.
@@ -79,6 +85,7 @@ class Network:
         example = self._known_example()
         if self._layers is None:
             self._layers = count_layers(self.model, self.sites, example)
+            self._counted = [(example, self._layers), *self._counted[: KEPT_FORMS - 1]]
         if not independent_noise:
             return self._layers
         noisy = self.noisy_layers()

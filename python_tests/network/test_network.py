@@ -254,3 +254,19 @@ def test_a_subnet_of_depths_or_as_it_is():
     assert subnet.depths == (1, 2, 1) and Subnet.of(subnet, stages) is subnet
     with pytest.raises(ValueError, match=r"depths is \(9, 1, 1\)"):
         Subnet.of((9, 1, 1), stages)
+
+
+def test_forms_that_come_back_are_not_counted_again(monkeypatch):
+    """Images of several sizes, batch by batch."""
+    from gkt_fast.network import network as module
+
+    counted, count = [], module.count_layers
+    monkeypatch.setattr(module, "count_layers", lambda *args: counted.append(args[2]) or count(*args))
+    gkt = GKT(small(seed=0), GKTConfig(groups=1))
+    costs = {}
+    for size in (8, 12, 8, 12, 16, 8):
+        gkt(torch.randn(2, 3, size, size), torch.tensor([0, 1]))
+        cost = sum(layer.flops for layer in gkt.layers())
+        assert costs.setdefault(size, cost) == cost
+    assert len(counted) == 3
+    assert costs[8] < costs[12] < costs[16]
