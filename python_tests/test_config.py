@@ -37,6 +37,7 @@ WRONG_VALUES = [
     ("budget", 0.99, r"in \[1, inf\)"),
     ("budget", math.nan, "must be in"),
     ("execution", "fast", "one of auto, sequential, shared"),
+    ("distillation", "tanh", "one of softmax, sigmoid"),
     *((name, math.nan, "must be in") for name in NUMBERS),
 ]  # fmt: skip
 

@@ -79,10 +79,13 @@ def print_subnets(args: argparse.Namespace) -> None:
     print(f"{run.model}, {checkpoint}, {len(data.test)} images")  # type: ignore[arg-type]
     _print_table(results, as_trained)
     write_subnets_csv(results, output / "subnets.csv")
-    best = best_subnet(results, budget_flops=args.budget_flops, min_accuracy=args.min_accuracy)
-    title = f"{run.model}: accuracy of subnets against their cost"
-    plot_subnets(results, output / "subnets.png", title, best=best)
-    print(f"Written to {output}: subnets.csv, subnets.png")
+    best = None
+    try:
+        best = best_subnet(results, budget_flops=args.budget_flops, min_accuracy=args.min_accuracy)
+    finally:  # also where none qualifies: the picture shows why
+        title = f"{run.model}: accuracy of subnets against their cost"
+        plot_subnets(results, output / "subnets.png", title, best=best)
+        print(f"Written to {output}: subnets.csv, subnets.png")
     print(f"Best: depths {best.subnet}, accuracy {100 * best.accuracy:.2f} %, {best.flops / 1e6:.2f} MFLOPs")
     if args.export_onnx is not None:
         network = extract_subnet(model, best.subnet)
@@ -145,10 +148,11 @@ def _print_table(results: Sequence[SubnetResult], as_trained: Evaluation) -> Non
     for r in sorted(results, key=lambda result: -result.flops):
         print(
             f"{r.subnet!s:{width}}{r.parameters:14,}{r.flops / 1e6:12.2f}{100 * r.accuracy:10.2f} %{r.loss:10.4f}"
-            f"{'  *' if r in front else ''}{'  full network' if r.subnet.is_full else ''}"
+            f"{'  *' if r in front else ''}"
         )
     print("* no subnet is as accurate at the same cost or less")
+    full = next((str(result.subnet) for result in results if result.subnet.is_full), "not in the table")
     print(
-        f"The full network as it was trained: {100 * as_trained.accuracy:.2f} %, loss {as_trained.loss:.4f}. In the "
-        "table BatchNorm's statistics are re-estimated for every network, the full one too, so that all compare alike"
+        f"The full network ({full}) as it was trained: {100 * as_trained.accuracy:.2f} %, loss {as_trained.loss:.4f}. "
+        "In the table BatchNorm's statistics are re-estimated for every network, the full one too, to compare alike"
     )

@@ -298,6 +298,9 @@ def test_the_command_prints_writes_draws_and_exports(checkpoint, tmp_path, capsy
         assert float(row["flops"]) / 1e6 == pytest.approx(float(mflops), abs=0.006)
         assert 100 * float(row["accuracy"]) == pytest.approx(float(accuracy), abs=0.006)
         assert row["pareto"] == str(int(bool(pareto)))
+    as_trained = re.search(r"^The full network \(2-2-2\) as it was trained: ([\d.]+) %", out, re.MULTILINE)
+    assert "BatchNorm's statistics are re-estimated" in out
+    assert 0 <= float(as_trained[1]) <= 100
     with Image.open(tmp_path / "out" / "subnets.png") as picture:
         assert picture.size == (840, 540)
     best = re.search(r"^Best: depths (\S+), accuracy ([\d.]+) %, ([\d.]+) MFLOPs$", out, re.MULTILINE)
@@ -419,7 +422,7 @@ def test_averaged_weights_and_depths_within_a_budget(checkpoint, tmp_path, capsy
     folder = checkpoint.parent / "averaged"
     taken = []
     monkeypatch.setattr(
-        "gkt_fast.cli.subnets.evaluate_subnets", lambda model, *_, **__: taken.append(model) or TABLE
+        "gkt_fast.cli.subnet_study.evaluate_subnets", lambda model, *_, **__: taken.append(model) or TABLE
     )
     assert main(["subnets", str(folder), *flags]) == 0
     averaged = load_checkpoint(folder / "best.pt")["ema"]
