@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-NATIVE_SOURCES = $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_SOURCES = $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
 FORMATTED_SOURCES = $(shell find csrc kernels python_tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test lint demo bench clean
@@ -22,9 +22,14 @@ demo: $(VENV)/.installed-bench
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/throughput.py
 
-$(VENV)/.installed-%: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE_SOURCES)
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# What an extra needs beside the package, which is built once.
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "gkt_fast[$*]"
 	touch $@
 
 clean:

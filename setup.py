@@ -2,14 +2,16 @@
 
 GKT_NATIVE=0    install pure Python
 GKT_CUDA=auto   build the CUDA kernels when nvcc is found (default); 1: fail without nvcc; 0: never
-GKT_CUDA_ARCHS  semicolon-separated CMake architectures, default "80;90;100"
+GKT_CUDA_ARCHS  CMake architectures, semicolons between; default: what nvcc knows (kernels/cuda/architectures.cmake)
 CMAKE_ARGS      further arguments for CMake
 """
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -48,8 +50,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / ext.name
-        build_dir.mkdir(parents=True, exist_ok=True)
+        build_dir = build_folder()
         configure = [
             "cmake",
             str(ROOT),
@@ -58,14 +59,29 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            # pip's build environments are gone after each build, and with them what CMake remembers.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DGKT_CUDA={cuda}",
+            f"-DGKT_CUDA_ARCHS={os.environ.get('GKT_CUDA_ARCHS', '')}",
         ]
-        if "GKT_CUDA_ARCHS" in os.environ:
-            configure.append(f"-DGKT_CUDA_ARCHS={os.environ['GKT_CUDA_ARCHS']}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        run(configure, build_dir)
+        try:
+            run(configure, build_dir)
+        except SystemExit:
+            (build_dir / "CMakeCache.txt").unlink(missing_ok=True)  # it remembers compilers that aren't there
+            raise
         run(["cmake", "--build", "."], build_dir)
+
+
+def build_folder() -> Path:
+    """Where objects stay from one build to the next, an editable one too: one folder per Python and platform."""
+    folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    cache = folder / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n" not in cache.read_text():
+        shutil.rmtree(folder)  # the source tree has been moved or copied
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 native = setting("GKT_NATIVE", "1", ("0", "1"))

@@ -4,7 +4,8 @@
 
 Per kernel and architecture: registers, stack, accesses to local memory (spills), shared memory, occupancy,
 global loads and stores by bytes per thread ("4x16": four of 16 bytes), and the same of the inner loop: the
-innermost loop that moves most global memory, or the whole kernel where there is none. "256?" threads are
+innermost loop that moves most global memory, or the whole kernel where there is none. "KB in flight" is what all
+threads of a multiprocessor have loaded and not yet used at most, in that loop. "256?" threads are
 assumed where a kernel has no __launch_bounds__. The dynamic shared memory of CUDA kernels isn't known here. Kernels
 are found by convention: kernels/cuda/*.cu, and `aot_configurations()` of kernels/triton/*.py (see there).
 """
@@ -26,7 +27,7 @@ INCLUDE = (ROOT / "csrc", ROOT / "kernels" / "cuda")
 
 TABLE = [
     *("op", "kernel", "arch", "registers", "stack", "spills", "shared", "threads", "occupancy", "limit"),
-    *("loads", "stores", "loop", "loop loads", "loop stores", "instructions per 16 B"),
+    *("loads", "stores", "loop", "loop loads", "loop stores", "instructions per 16 B", "KB in flight"),
 ]
 
 
@@ -65,6 +66,7 @@ def _readable(row: dict[str, object]) -> dict[str, object]:
         "loop stores": _widths_text(row, "loop_stores"),
         "loop": row["loop_instructions"] if row["loops"] else f"{row['loop_instructions']} (no loop)",
         "instructions per 16 B": 16 * row["loop_instructions"] / moved if moved else "",
+        "KB in flight": row["bytes_in_flight"] / 1024,
     }
 
 

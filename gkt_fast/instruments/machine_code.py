@@ -215,6 +215,7 @@ def _columns(
         **_width_columns("loop_loads", part.widths("LDG")),
         **_width_columns("loop_stores", part.widths("STG")),
         "loop_bytes": part.bytes_moved("LDG", "STG"),
+        "bytes_in_flight": part.most_bytes_in_flight() * block * resident.blocks,
         "loop_float": part.count(
             "FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "DADD", "DMUL", "DFMA", "DSETP"
         ),

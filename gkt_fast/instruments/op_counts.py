@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .merges import LOADED_TOGETHER, chunk_count, chunk_trips
+
 __all__ = ["OpCost", "OpCounter", "fake_in_place"]
 
 NO_KERNEL = {
@@ -62,6 +64,7 @@ class OpCost(NamedTuple):
         flops: floating point operations, a multiply-add is two.
         launches: kernels.
         dtype: of the first floating point input or output; None where there is none.
+        waits: loads from memory that its slowest thread makes one after the other, where few threads do so.
     """
 
     name: str
@@ -69,6 +72,7 @@ class OpCost(NamedTuple):
     flops: int
     launches: int
     dtype: torch.dtype | None
+    waits: int = 0
 
 
 class OpCounter(TorchDispatchMode):
@@ -110,7 +114,8 @@ def _cost(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -
         launches = sum(args[-1])
         moved += (launches - 1) * _size(args[0])  # each of the kernels reads the gradient
     floating = (value.dtype for value in (*inputs, *outputs) if value.is_floating_point())
-    return OpCost(name, moved, _flops(func, name, args, kwargs, out), launches, next(floating, None))
+    flops = _flops(func, name, args, kwargs, out)
+    return OpCost(name, moved, flops, launches, next(floating, None), _waits(name, args))
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -123,6 +128,19 @@ def _size(tensor: Tensor) -> int:
     return (
         math.prod(size for size, stride in dims if stride != 0) * tensor.element_size() * (tensor.numel() > 0)
     )
+
+
+def _waits(name: str, args: tuple) -> int:
+    if not name.startswith("gkt_fast::ghost_batch_norm"):
+        return 0
+    backward = name.endswith("backward")
+    if not (backward or _trains(name, args)):
+        return 0
+    x, ghosts = (args[1], args[6]) if backward else (args[0], args[7])
+    positions = math.prod(x.shape[2:])
+    channels_last = positions == 1 or (x.stride(1) == 1 and x.shape[1] > 1)
+    chunks = chunk_count(channels_last, ghosts, x.shape[0] // ghosts, x.shape[1], positions)
+    return -(-chunk_trips(chunks, ghosts, backward) // LOADED_TOGETHER)
 
 
 def _trains(name: str, args: tuple) -> bool:

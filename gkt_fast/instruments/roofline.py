@@ -1,7 +1,8 @@
 """A roofline for every op that a training step really runs: bounds from below, never measurements.
 
 Steps run on fake tensors, which have shapes but no elements; a dispatch mode counts the bytes, FLOPs and launches of
-every op (op_counts.py). An op takes at least max(bytes / bandwidth, FLOPs / peak), and each launch a latency.
+every op (op_counts.py). An op takes at least max(bytes / bandwidth, FLOPs / peak), each launch a latency, and each
+load that the merges of `ghost_batch_norm` must wait for another (merges.py).
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class Rates:
         bandwidth: of main memory, bytes/s.
         peaks: FLOP/s of matrix products by the dtype of their inputs, without sparsity.
         launch: seconds from one kernel to the next when neither does anything.
+        load: seconds from a load from main memory to its value, when nothing else is going on.
     """
 
     bandwidth: float
     peaks: dict[torch.dtype, float]
     launch: float
+    load: float = 0.3e-6  # of the order measured by https://arxiv.org/abs/2402.13499, under 500 cycles
 
 
 # Two additions of 1,024 elements in a CUDA graph are 1.1 us apart: https://github.com/pytorch/pytorch/issues/161104
@@ -167,7 +170,11 @@ def op_seconds(op: OpCost, rates: Rates) -> tuple[float, float]:
 
 def bound(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:
     """The least seconds of a step, its mean over the runs."""
-    return mean(sum(max(op_seconds(op, rates)) + op.launches * rates.launch for op in run) for run in runs)
+    return mean(sum(max(op_seconds(op, rates)) + _latency(op, rates) for op in run) for run in runs)
+
+
+def _latency(op: OpCost, rates: Rates) -> float:
+    return op.launches * rates.launch + op.waits * rates.load
 
 
 def memory_bound_share(runs: Sequence[Sequence[OpCost]], rates: Rates) -> float:

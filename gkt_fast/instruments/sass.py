@@ -100,6 +100,7 @@ class Instruction:
     address: int
     opcode: str
     target: int | None = None  # of a branch
+    operands: str = ""
 
     @property
     def base(self) -> str:
@@ -128,6 +129,30 @@ class Code:
     def bytes_moved(self, *bases: str) -> int:
         """Bytes per thread that these accesses move when each runs once."""
         return sum(i.access_bytes for i in self.instructions if i.base in bases)
+
+    def most_bytes_in_flight(self) -> int:
+        """The most bytes per thread of global loads that are under way at once: issued, and not yet used.
+
+        Loads come back in order: who uses one has waited for those before it.
+        """
+        pending: list[tuple[set[int], int]] = []  # registers and bytes of each load
+        most = 0
+        for instruction in self.instructions:
+            loads = instruction.base == "LDG"
+            written, _, read = instruction.operands.partition(",")
+            used = _registers(read if loads else instruction.operands)
+            last = max((i for i, (registers, _) in enumerate(pending) if registers & used), default=-1)
+            del pending[: last + 1]
+            if loads and (first := re.search(r"\bR(\d+)", written)):
+                count = max(1, instruction.access_bytes // 4)
+                registers = set(range(int(first[1]), int(first[1]) + count))
+                pending.append((registers, instruction.access_bytes))
+                most = max(most, sum(size for _, size in pending))
+        return most
+
+
+def _registers(operands: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)", operands)}
 
 
 @dataclass(frozen=True)
@@ -258,14 +283,14 @@ def _parse_code(text: str) -> dict[str, tuple[Instruction, ...]]:
 def _parse_instructions(text: str) -> tuple[Instruction, ...]:
     labels: dict[str, int] = {}
     pending: list[str] = []
-    parsed: list[tuple[int, str, str | None]] = []
+    parsed: list[tuple[int, str, str | None, str]] = []
     for line in text.splitlines():
         if match := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", line):
             address = int(match[1], 16)
             labels.update(dict.fromkeys(pending, address))
             pending.clear()
             target = re.search(r"`\((\.L_\w+)\)", match[3])
-            parsed.append((address, match[2], target and target[1]))
+            parsed.append((address, match[2], target and target[1], match[3].strip()))
         elif match := re.match(r"(\.L_\w+):", line):
             pending.append(match[1])
     # After the code the assembler puts a branch to itself and NOPs, to fill the cache line.
@@ -273,4 +298,7 @@ def _parse_instructions(text: str) -> tuple[Instruction, ...]:
         parsed[-1][1] == "NOP" or (parsed[-1][1] == "BRA" and labels.get(parsed[-1][2]) == parsed[-1][0])
     ):
         parsed.pop()
-    return tuple(Instruction(address, opcode, labels.get(target)) for address, opcode, target in parsed)
+    return tuple(
+        Instruction(address, opcode, labels.get(target), operands)
+        for address, opcode, target, operands in parsed
+    )

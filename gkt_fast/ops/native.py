@@ -10,7 +10,14 @@ import torch  # loaded before the native module, so that both share one OpenMP r
 
 from .registry import BackendError
 
-__all__ = ["DTYPES", "build_info", "cuda_stream", "native_cuda_module", "native_module"]
+__all__ = [
+    "DTYPES",
+    "build_info",
+    "check_capability",
+    "cuda_stream",
+    "native_cuda_module",
+    "native_module",
+]
 
 ABI_VERSION = 1
 
@@ -51,14 +58,23 @@ def native_cuda_module() -> ModuleType:
         raise BackendError("the native module was built without nvcc")
     if not torch.cuda.is_available():
         raise BackendError("no CUDA device")
-    capability = torch.cuda.get_device_capability()
-    architectures = str(build["cuda_architectures"])
+    check_capability(str(build["cuda_architectures"]), torch.cuda.current_device())
+    return module
+
+
+@functools.cache
+def check_capability(architectures: str, device: int) -> None:
+    """Whether kernels for these of CMake's architectures run on a GPU; asked once per GPU, as they can differ.
+
+    Raises:
+        BackendError: they don't.
+    """
+    capability = torch.cuda.get_device_capability(device)
     if not any(_runs_on(architecture, capability) for architecture in architectures.split(", ")):
         raise BackendError(
             f"the GPU has compute capability {capability[0]}.{capability[1]}, the native module was built for "
             f"{architectures} (GKT_CUDA_ARCHS)"
         )
-    return module
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

@@ -69,7 +69,8 @@ __device__ __forceinline__ Vector<T, N> pack(const Compute<T> (&values)[N]) {
 
 template <class T, int N>
 __device__ __forceinline__ void load_vector(const T* address, Compute<T> (&values)[N]) {
-  unpack(*reinterpret_cast<const Vector<T, N>*>(address), values);
+  const Vector<T, N> packed = *reinterpret_cast<const Vector<T, N>*>(address);
+  unpack(packed, values);
 }
 
 template <class T, int N>

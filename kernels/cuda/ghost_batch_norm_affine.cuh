@@ -12,7 +12,7 @@ namespace {
 template <int N>
 constexpr int kForwardAhead = N == 8 ? 4 : 2;
 template <int N>
-constexpr int kBackwardAhead = N == 8 ? 3 : 2;
+constexpr int kBackwardAhead = N == 8 ? 4 : 2;
 
 // Blocks that a multiprocessor must be able to hold; 0: nvcc decides.
 template <int N>
@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, kAffineBlocks<N>)
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       at[u] = walk.next(place);
-      if (!at[u].exists) continue;
       values[u] = load_read_only<T, N>(x.at(at[u]));
       if (has_residual) residuals[u] = load_read_only<T, N>(residual.at(at[u]));
     }
@@ -111,7 +110,6 @@ __global__ void __launch_bounds__(kThreads, kAffineBlocks<N>)
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       at[u] = walk.next(place);
-      if (!at[u].exists) continue;
       values[u] = load_read_only<T, N>(x.at(at[u]));
       gradients[u] = load_read_only<T, N>(grad_y.at(at[u]));
       bits[u] = mask.bits(at[u]);

@@ -110,7 +110,8 @@ struct Place {
   }
 };
 
-// N elements of a line of the chunk; beyond its end they don't exist.
+// N elements of a line of the chunk. One that doesn't exist lies where another one does, so that
+// loads need no branch, which would keep the next one waiting.
 struct Position {
   int line, column;
   bool exists;
@@ -124,8 +125,11 @@ struct Walk {
 
   __device__ explicit Walk(const Place<N>& place) : line(place.row) {}
   __device__ __forceinline__ Position next(const Place<N>& place) {
-    const Position at{line, place.column + tile,
-                      line < place.lines && place.column + tile < place.length};
+    const int column = place.column + tile, last_line = place.lines - 1,
+              last_column = place.length - N;
+    const Position at{line < last_line ? line : last_line,
+                      column < last_column ? column : last_column,
+                      line <= last_line && column <= last_column};
     tile += place.tile_width;
     if (tile >= place.width) {
       tile = 0;

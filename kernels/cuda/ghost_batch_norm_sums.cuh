@@ -56,7 +56,6 @@ __global__ void __launch_bounds__(kThreads, kSumsBlocks<N>)
     for (int u = 0; u < kAhead; ++u) {
       const Position at = walk.next(place);
       exists[u] = at.exists;
-      if (!at.exists) continue;
       values[u] = load_read_only<T, N>(x.at(at));
       if constexpr (backward) {
         gradients[u] = load_read_only<T, N>(grad_y.at(at));

@@ -15,9 +15,10 @@ constexpr int kMostClasses = 1 << 30;  // so that 32 bits count them
 template <class T, int kGroup>
 constexpr int kBlocks = std::is_same_v<T, double> ? 3
                         : kGroup == 1             ? 7
-                                                  : 5;
+                        : kGroup == kWarpSize     ? 5
+                                                  : 4;
 
-template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
+template <class T, int kGroup, int kVector, bool kOneLoop>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kGroup>)
     loss_kernel(const Params p, const Options<Compute<T>> o, uint32_t rows,
                 const double* counted_rows, double* partials) {
@@ -29,14 +30,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kGroup>)
   Softmax<Real>* visited = reinterpret_cast<Softmax<Real>*>(sums + kGroups * terms);
   for (int i = static_cast<int>(threadIdx.x); i < kGroups * terms; i += kThreads) sums[i] = 0;
   __syncthreads();
-  RowLoss<T, kGroup, kVector, kNormalized, kOneLoop> loss{p,
-                                                          o,
-                                                          static_cast<Real>(counted_rows[0]),
-                                                          static_cast<Real>(counted_rows[1]),
-                                                          scratch,
-                                                          sums + group * terms,
-                                                          visited + group * o.streams,
-                                                          static_cast<int>(threadIdx.x) % kGroup};
+  RowLoss<T, kGroup, kVector, kOneLoop> loss{p,
+                                             o,
+                                             static_cast<Real>(counted_rows[0]),
+                                             static_cast<Real>(counted_rows[1]),
+                                             scratch,
+                                             sums + group * terms,
+                                             visited + group * o.streams,
+                                             static_cast<int>(threadIdx.x) % kGroup};
   // 64 bits, so that the last step can't wrap around.
   for (int64_t row = int64_t{blockIdx.x} * kGroups + group; row < rows;
        row += int64_t{gridDim.x} * kGroups)
@@ -84,13 +85,10 @@ void launch_loss(const Params& p, int64_t rows, const double* counted_rows, doub
   const size_t shared = kGroups * (static_cast<size_t>(p.streams + 1) * sizeof(double) +
                                    (one_loop ? 0 : p.streams) * sizeof(Softmax<Real>));
   if (blocks > 0)
-    dispatch_bool(p.normalize_logits != 0, [&](auto normalized) {
-      dispatch_bool(one_loop, [&](auto once) {
-        constexpr bool kNormalized = decltype(normalized)::value, kOneLoop = decltype(once)::value;
-        launch<loss_kernel<T, kGroup, kVector, kNormalized, kOneLoop>>(
-            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, p,
-            make_options<Real>(p), static_cast<uint32_t>(rows), counted_rows, partials);
-      });
+    dispatch_bool(one_loop, [&](auto once) {
+      launch<loss_kernel<T, kGroup, kVector, decltype(once)::value>>(
+          dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, p,
+          make_options<Real>(p), static_cast<uint32_t>(rows), counted_rows, partials);
     });
   launch<finish_kernel<Real>>(dim3(1), dim3(kThreads), 0, stream, p, static_cast<int>(blocks),
                               counted_rows, static_cast<const double*>(partials));

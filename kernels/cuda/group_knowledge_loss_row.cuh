@@ -16,6 +16,7 @@ using Params = gkt_group_knowledge_loss_params;
 template <class Real>
 struct Options {
   int streams, groups, classes;
+  bool normalized;  // not a template argument: twice the kernels would take twice as long to build
   Real ema, temperature, eps, kd_weight, ce_weight, subnet_ce_weight, gradient_scale;
   Real smoothing, uniform, per_class;  // uniform: smoothing spread over the classes
 };
@@ -23,12 +24,19 @@ struct Options {
 template <class Real>
 Options<Real> make_options(const Params& p) {
   const double classes = static_cast<double>(p.classes);
-  return {static_cast<int>(p.streams),           static_cast<int>(p.groups),
-          static_cast<int>(p.classes),           static_cast<Real>(p.ema),
-          static_cast<Real>(p.temperature),      static_cast<Real>(p.eps),
-          static_cast<Real>(p.kd_weight),        static_cast<Real>(p.ce_weight),
-          static_cast<Real>(p.subnet_ce_weight), static_cast<Real>(p.gradient_scale),
-          static_cast<Real>(p.label_smoothing),  static_cast<Real>(p.label_smoothing / classes),
+  return {static_cast<int>(p.streams),
+          static_cast<int>(p.groups),
+          static_cast<int>(p.classes),
+          p.normalize_logits != 0,
+          static_cast<Real>(p.ema),
+          static_cast<Real>(p.temperature),
+          static_cast<Real>(p.eps),
+          static_cast<Real>(p.kd_weight),
+          static_cast<Real>(p.ce_weight),
+          static_cast<Real>(p.subnet_ce_weight),
+          static_cast<Real>(p.gradient_scale),
+          static_cast<Real>(p.label_smoothing),
+          static_cast<Real>(p.label_smoothing / classes),
           static_cast<Real>(1 / classes)};
 }
 
@@ -60,7 +68,7 @@ __device__ __forceinline__ T reduce(T value, Combine combine, T identity, T* scr
     return block_reduce(value, combine, identity, scratch);
 }
 
-template <class T, int kGroup, int kVector, bool kNormalized, bool kOneLoop>
+template <class T, int kGroup, int kVector, bool kOneLoop>
 struct RowLoss {
   using Real = Compute<T>;
 
@@ -110,7 +118,7 @@ struct RowLoss {
       load(stream, c, x);
       const Softmax<Real> s = visited[stream];
       for (int i = 0; i < kVector; ++i)
-        k[i] += weight * (kNormalized ? (x[i] - s.maximum) * s.slope + s.top : x[i]);
+        k[i] += weight * (o.normalized ? (x[i] - s.maximum) * s.slope + s.top : x[i]);
     }
   }
 
@@ -167,7 +175,7 @@ struct RowLoss {
     const Real mean = sum(total) * per_class;
     const Real maximum_minus_mean = (q.maximum - shift) - mean;
     q.slope = 1;
-    if (kNormalized) {
+    if (o.normalized) {
       Real squares = 0;
       for_classes([&](int c) {
         load(s, c, x);
@@ -213,11 +221,11 @@ struct RowLoss {
           Real summand;
           const Real change = compare(x[i], k[i], q, teacher, log_ratio, summand);
           divergence += summand;
-          if (kNormalized) dot += change * ((x[i] - q.maximum) * q.slope + q.top);
+          if (o.normalized) dot += change * ((x[i] - q.maximum) * q.slope + q.top);
         }
       });
       divergence = sum(divergence);
-      if (kNormalized) dot = sum(dot) * per_class;
+      if (o.normalized) dot = sum(dot) * per_class;
       if (lane == 0 && kd_counted)
         sums[s] += static_cast<double>(divergence * temperature * temperature);
     }
@@ -315,7 +323,7 @@ struct RowLoss {
           Real summand;
           g[i] = compare(x[i], k[i], q, teacher, log_ratio, summand);
           // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = q - p, whose sum is zero.
-          if (kNormalized) g[i] -= ((x[i] - q.maximum) * q.slope + q.top) * dot;
+          if (o.normalized) g[i] -= ((x[i] - q.maximum) * q.slope + q.top) * dot;
           g[i] *= kd * q.slope;
         }
         if (has_ce) {

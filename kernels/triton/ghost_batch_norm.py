@@ -19,6 +19,7 @@ from .ghost_batch_norm_kernels import (
 __all__ = ["aot_configurations", "backward", "forward"]
 
 TILE_BYTES = 8192  # of a tensor that a program holds at once: two 16-byte accesses of each thread
+NARROW_TILE = 2048  # elements at most where accesses are narrower and each takes registers for its address
 CHUNK_ELEMENTS = 8192  # of a program, at least
 MOST_CHUNKS = 1024  # of all ghost batches, unless there are more of these
 MERGE_TILE = {"LANES": 64, "BLOCK": 8}  # 64 lanes share the chunks of a channel, one element per thread
@@ -46,16 +47,17 @@ class _Plan:
         widths = CHANNELS_LAST_COLUMNS if problem.channels_last else PLANES_COLUMNS
         self.columns = next((width for width in widths if self.length <= width), widths[-1])
         self.double = problem.dtype == torch.float64
-        self.rows = _tile_rows(self.columns, problem.dtype.itemsize)
+        self.step = self._step([tensor for tensor in activations if tensor is not None])
+        size = problem.dtype.itemsize
+        self.rows, most_rows = (_tile_rows(self.columns, size, step) for step in (self.step, _steps(size)[0]))
         width = self.columns if problem.channels_last else positions
         lines = max(CHUNK_ELEMENTS // width, triton.cdiv(self.lines * ghosts, MOST_CHUNKS), 1)
-        self.chunk_lines = min(self.rows * triton.cdiv(lines, self.rows), max(self.lines, 1))
+        self.chunk_lines = min(most_rows * triton.cdiv(lines, most_rows), max(self.lines, 1))
         self.chunks = triton.cdiv(self.lines, self.chunk_lines)
         blocks = triton.cdiv(channels, self.columns) if problem.channels_last else channels
         self.grid = (ghosts * self.chunks * blocks,)
         self.merge_blocks = triton.cdiv(channels, MERGE_TILE["BLOCK"])
         self.dtype = tl.float64 if self.double else tl.float32
-        self.step = self._step([tensor for tensor in activations if tensor is not None])
 
     def _step(self, activations: list[torch.Tensor]) -> int:
         size = activations[0].element_size()
@@ -148,8 +150,9 @@ def _bytes(keep: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     return mask if keep is None else keep.view(torch.uint8)
 
 
-def _tile_rows(columns: int, element_size: int) -> int:
-    return TILE_BYTES // element_size // columns
+def _tile_rows(columns: int, element_size: int, step: int) -> int:
+    elements = TILE_BYTES // element_size
+    return (elements if step * element_size == 16 else min(elements, NARROW_TILE)) // columns
 
 
 def _steps(element_size: int) -> tuple[int, ...]:
@@ -187,7 +190,7 @@ def aot_configurations() -> Iterator[tuple]:
 def _aot_tiles(dtype: str, size: int, channels_last: bool, columns: int, step: int) -> Iterator[tuple]:
     layout = f"{dtype}_{'channels_last' if channels_last else 'planes'}_{columns}"
     layout += "_vectors" if step * size == 16 else {4: "_quads", 2: "_pairs", 1: "_scalars"}[step]
-    rows, accumulated = _tile_rows(columns, size), _accumulated(dtype)
+    rows, accumulated = _tile_rows(columns, size, step), _accumulated(dtype)
     tile = {
         "CHANNELS_LAST": channels_last,
         "STEP": step,

@@ -139,6 +139,12 @@ def tool_folders() -> tuple[str, ...]:
     return tuple(folder for folder in dict.fromkeys(folders) if Path(folder).is_dir())
 
 
+def cmake() -> str:
+    program = shutil.which("cmake", path=os.pathsep.join([*tool_folders(), os.environ["PATH"]]))
+    assert program is not None
+    return program
+
+
 def path_without_nvcc(folder: Path) -> str:
     """The search path; a folder that has nvcc is replaced by links to everything else in it."""
     folders = []
@@ -250,6 +256,69 @@ def test_a_build_without_nvcc_says_so_in_one_line(native_build):
     lines = [line for line in native_build[1].splitlines() if "CUDA kernels" in line]
     assert len(lines) == 1
     assert "gkt_fast: CUDA kernels off (nvcc not found)" in lines[0]
+
+
+NVCC_VERSION = """#!/bin/sh
+cat <<END
+nvcc: NVIDIA (R) Cuda compiler driver
+Copyright (c) 2005-2025 NVIDIA Corporation
+Cuda compilation tools, release {0}, V{0}.88
+Build cuda_{0}.r{0}/compiler.1_0
+END
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures"),
+    [
+        ("11.4", "80"),
+        ("11.8", "80-real;90"),
+        ("12.1", "80-real;90"),
+        ("12.4", "80-real;90"),
+        ("12.6", "80-real;90"),
+        ("12.8", "80-real;90-real;100-real;120"),
+        ("13.0", "80-real;90-real;100-real;120"),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(version, architectures, build_tools, tmp_path):
+    """Machine code for each, and PTX of the newest. By stand-ins that report a version and compile nothing."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC_VERSION.format(version))
+    nvcc.chmod(0o755)
+    script = tmp_path / "architectures.cmake"
+    script.write_text(
+        f"""
+cmake_minimum_required(VERSION 3.24)
+include("{(ROOT / "kernels" / "cuda" / "architectures.cmake").as_posix()}")
+gkt_nvcc_version("{nvcc.as_posix()}" version)
+gkt_cuda_architectures("${{version}}" architectures)
+gkt_nvcc_jobs(jobs)
+message(STATUS "${{version}} ${{architectures}} ${{jobs}}")
+"""
+    )
+    printed = run(cmake(), "-P", str(script)).split()
+    assert printed[1:3] == [version, architectures]
+    assert int(printed[3]) >= 1
+
+
+def test_a_second_build_in_one_tree_keeps_the_kernels(native_build, unpacked, tmp_path):
+    """The second has another ninja, as pip's build environments have, and the first one's is gone."""
+    (cache,) = unpacked.glob("build/native-*/CMakeCache.txt")
+    first = next(line for line in cache.read_text().splitlines() if line.startswith("CMAKE_MAKE_PROGRAM:"))
+    cache.write_text(cache.read_text().replace(first, "CMAKE_MAKE_PROGRAM:FILEPATH=/nonexistent/ninja"))
+    path = path_without_nvcc(tmp_path)
+    log = build("wheel", unpacked, tmp_path, PATH=path, CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug")
+    assert "Building CXX object CMakeFiles/ghost_batch_norm" in native_build[1]
+    assert "Building CXX object CMakeFiles/ghost_batch_norm" not in log
+    assert "Building CXX object CMakeFiles/group_knowledge_loss" not in log
+
+
+def test_a_build_that_could_not_be_configured_leaves_nothing_behind(unpacked, build_tools, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(unpacked, tree, ignore=shutil.ignore_patterns("build", "*.so"))
+    log = build("wheel", tree, tmp_path, fails=True, CXX="/nonexistent/g++", GKT_CUDA="0")
+    assert "/nonexistent/g++" in log
+    assert not list(tree.rglob("CMakeCache.txt"))
 
 
 def test_cuda_that_is_asked_for_and_not_there_fails(unpacked, build_tools, tmp_path):

@@ -204,7 +204,9 @@ def test_compute_capability(architectures, capability, fits, monkeypatch):
     module = types.SimpleNamespace(build_info=lambda: {"cuda": "13.0", "cuda_architectures": architectures})
     monkeypatch.setattr(native, "native_module", lambda: module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    native.check_capability.cache_clear()
     if fits:
         assert native.native_cuda_module() is module
     else:
@@ -213,6 +215,24 @@ def test_compute_capability(architectures, capability, fits, monkeypatch):
             BackendError, match=f"compute capability {version}, .* built for {architectures} "
         ):
             native.native_cuda_module()
+
+
+def test_each_gpu_is_asked_once_for_its_capability(monkeypatch):
+    """On a machine with different GPUs the kernels run on those that they were built for."""
+    asked = []
+
+    def capability(device: int) -> tuple[int, int]:
+        asked.append(device)
+        return (9, 0) if device == 0 else (7, 5)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    native.check_capability.cache_clear()
+    for _ in range(3):
+        native.check_capability("80-real, 90", 0)
+    with pytest.raises(BackendError, match=r"compute capability 7\.5"):
+        native.check_capability("80-real, 90", 1)
+    assert asked == [0, 1]
+    native.check_capability.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +279,27 @@ def test_what_triton_raises_is_the_reason(error, reason):
     with pytest.raises(BackendError, match=reason) as raised:
         reporting_failures(launch)(1)
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("message", "transient"),
+    [
+        ("an illegal memory access was encountered", True),
+        ("out of memory", True),
+        ("unspecified launch failure", True),
+        ("no kernel image is available for execution on the device", False),
+        ("device kernel image is invalid", False),
+        ("the provided PTX was compiled with an unsupported toolchain.", False),
+        ("a PTX JIT compilation failed", False),
+    ],
+)
+def test_what_the_driver_reports_is_not_tritons_fault_unless_kernels_do_not_fit(message, transient):
+    def launch():
+        raise RuntimeError(f"Triton Error [CUDA]: {message}")
+
+    with pytest.raises(RuntimeError, match="Triton Error") as raised:
+        reporting_failures(launch)()
+    assert (raised.type is BackendError) == (not transient)
 
 
 def test_running_out_of_memory_is_not_tritons_fault():

@@ -145,6 +145,19 @@ def test_conversions_round_to_nearest_even(reductions, dtype):
     assert torch.equal(back[numbers], expected[numbers].float())
 
 
+def test_an_attribute_that_is_refused_is_not_the_next_launchs_error(reductions):
+    """CUDA keeps the error of a call until somebody asks for it."""
+    y = unwritten(64, dtype=torch.float32)
+    arguments = address(y), 64, ctypes.c_int64(64 * 1024)
+    with (
+        build.refusing_attributes(reductions, 1),
+        pytest.raises(RuntimeError, match=r"^dynamic shared memory: invalid argument$"),
+    ):
+        call(reductions, "count_in_shared", *arguments)
+    call(reductions, "count_in_shared", *arguments)
+    assert torch.equal(y, torch.arange(64.0))
+
+
 # Each bug of kernels/planted.cu: what it is called, and what its message must say.
 PLANTED = {
     "shift": r"out of bounds in kernel .*shift_kernel, block \(1, 0, 0\), thread \(63, 0, 0\): read of 4 "

@@ -88,7 +88,12 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", fake.exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", fake.exchange)
     monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return fake
+
+
+def build_info() -> dict[str, str]:
+    return {"cuda_architectures": "80"}
 
 
 @contextlib.contextmanager
@@ -143,6 +148,7 @@ def test_cuda_loss(driver):
         recorded.extend((counted_rows, partials))
 
     module = SimpleNamespace(
+        build_info=build_info,
         GroupKnowledgeLossParams=native.native_module().GroupKnowledgeLossParams,
         max_partials=8,
         group_knowledge_loss_cuda=kernel,
@@ -197,6 +203,7 @@ def test_cuda_norm(driver):
         return launch
 
     module = SimpleNamespace(
+        build_info=build_info,
         ghost_batch_norm_fwd_cuda=kernel("forward"),
         ghost_batch_norm_bwd_cuda=kernel("backward"),
         ghost_batch_norm_workspace_cuda=lambda shape: 100,
@@ -239,6 +246,7 @@ def test_the_launches_of_a_repeated_step_are_the_same(driver):
     """What a replayed graph relies on: sizes alone decide what is launched, with which parameters."""
     calls = []
     module = SimpleNamespace(
+        build_info=build_info,
         ghost_batch_norm_fwd_cuda=lambda *arguments: calls.append(arguments),
         ghost_batch_norm_bwd_cuda=None,
         ghost_batch_norm_workspace_cuda=lambda shape: 100,

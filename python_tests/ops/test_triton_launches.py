@@ -83,7 +83,10 @@ def _run_norms() -> None:
 
     for dtype, shape, channels_last, relu, with_residual, running in itertools.product(
         DTYPES,
-        ((4, 8, 4, 4), (4, 7, 7, 7), (4, 128, 8, 8), (2, 71, 20, 20), (2, 16, 17, 17)),
+        (
+            *((4, 8, 4, 4), (4, 7, 7, 7), (4, 128, 8, 8), (2, 71, 20, 20), (2, 16, 17, 17)),
+            *((4, 4, 2, 6), (4, 6, 7, 2), (2, 68, 14, 14), (2, 70, 9, 10)),  # multiples of 4 and 2
+        ),
         (False, True),
         (False, True),
         (False, True),

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, cuda_stream
+from ..native import DTYPES, check_capability, cuda_stream
 from .problem import Problem, strides_of
 
 __all__ = ["CppBackend", "CudaBackend"]
@@ -80,6 +80,7 @@ class _NativeBackend:
         grad_weight,
         grad_bias,
     ) -> None:
+        statistics = statistics.contiguous()
         weight, keep = (None if v is None else v.contiguous() for v in (weight, keep))
         scratch = self._scratch(problem, statistics)
         self._backward(
@@ -90,7 +91,7 @@ class _NativeBackend:
             _activation(grad_y, problem),
             _activation(x, problem),
             _address(weight),
-            _address(statistics.contiguous()),
+            _address(statistics),
             _address(mask),
             _address(keep),
             _activation(grad_x, problem),
@@ -123,11 +124,18 @@ class CudaBackend(_NativeBackend):
             cuda_stream,
             native.ghost_batch_norm_workspace_cuda,
         )
+        self._architectures = str(native.build_info()["cuda_architectures"])
+
+    def _check_device(self, tensor: Tensor) -> None:
+        if tensor.is_cuda:  # CUDA on the host takes CPU tensors
+            check_capability(self._architectures, tensor.device.index)
 
     def forward(self, problem: Problem, x: Tensor, *tensors: Tensor | None) -> None:
+        self._check_device(x)
         with torch.cuda.device_of(x):
             super().forward(problem, x, *tensors)
 
     def backward(self, problem: Problem, grad_y: Tensor, *tensors: Tensor | None) -> None:
+        self._check_device(grad_y)
         with torch.cuda.device_of(grad_y):
             super().backward(problem, grad_y, *tensors)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, cuda_stream
+from ..native import DTYPES, check_capability, cuda_stream
 from .checks import check_class_indices
 from .problem import Problem
 
@@ -40,6 +40,7 @@ class CudaBackend:
 
     def __init__(self, native: ModuleType) -> None:
         self._native = native
+        self._architectures = str(native.build_info()["cuda_architectures"])
 
     def forward(
         self,
@@ -51,6 +52,8 @@ class CudaBackend:
         gradient: Tensor | None,
     ) -> None:
         options = problem.options
+        if logits.is_cuda:  # CUDA on the host takes CPU tensors
+            check_capability(self._architectures, logits.device.index)
         with torch.cuda.device_of(logits):
             targets = _readable(targets, loss)
             parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)

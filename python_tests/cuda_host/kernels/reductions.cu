@@ -61,6 +61,14 @@ __global__ void convert_kernel(const float* x, T* y, float* back, int64_t count)
   back[i] = static_cast<float>(to_compute(y[i]));
 }
 
+// y[i] = i by way of dynamic shared memory of any size.
+__global__ void shared_kernel(float* y) {
+  GKT_DYNAMIC_SHARED(float, values);
+  values[threadIdx.x] = static_cast<float>(threadIdx.x);
+  __syncthreads();
+  y[threadIdx.x] = values[threadIdx.x];
+}
+
 }  // namespace
 }  // namespace gkt
 
@@ -114,4 +122,10 @@ extern "C" __attribute__((visibility("default"))) int convert(const float* x, in
                                 count);
     });
   });
+}
+
+extern "C" __attribute__((visibility("default"))) int count_in_shared(float* y, int threads,
+                                                                      int64_t shared_bytes) {
+  return guarded(
+      [&] { launch<shared_kernel>(1, threads, static_cast<size_t>(shared_bytes), nullptr, y); });
 }
