@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .batch_norm.fusion import fuse_blocks
 from .config import GKTConfig
 from .execution import choose_execution, explain_step
-from .network.compilation import check_not_compiled
 from .network.discovery import Stages, as_stages
+from .network.inputs import call_model, model_inputs, rows_in
 from .network.network import Network
+from .network.wrappers import check_called_as_written, check_not_compiled, check_not_wrapped
 from .subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
 from .subnets.plan import Cost, Layer, make_plan
 from .subnets.sampling import check_sampling, sample_resolutions, sample_subnets
@@ -79,6 +80,7 @@ class GKT(nn.Module):
             raise TypeError(f"config is {type(config).__name__}; it must be a GKTConfig")
         if criterion is not None:
             _check_criterion(criterion, config)
+        check_not_wrapped(model)
         stages = as_stages(model, stages)
         check_sampling(stages, config)
         if config.fuse_blocks and config.groups:
@@ -125,7 +127,7 @@ class GKT(nn.Module):
 
     def forward(
         self,
-        inputs: Tensor | tuple[Any, ...],
+        inputs: Tensor | Sequence[Any] | Mapping[str, Any],
         targets: Tensor | None = None,
         step: int | None = None,
         loss_scale: float | Tensor | None = None,
@@ -134,7 +136,9 @@ class GKT(nn.Module):
         """Runs the full network and the step's subnets.
 
         Args:
-            inputs: the model's input, or a tuple of its positional arguments; batch first.
+            inputs: the model's input, or a tuple or list of its positional arguments, or a mapping of its keyword
+                arguments (see `gkt_fast.network.inputs.model_inputs`, which also says when a mapping is passed as
+                one argument); batch first.
             targets: class indices (B, *spatial) int64, or probabilities (B, C, *spatial); with a criterion, what that
                 takes. None: only the model's own forward, for evaluation; returns what the model returns.
             step: which subnets to draw. None: an internal counter that is saved with the state and goes up with each
@@ -145,17 +149,18 @@ class GKT(nn.Module):
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
-                integer, the model returns no logits, skips blocks by itself or is compiled as a whole, or this is
-                one of the copies that DataParallel makes.
+                integer, the batch has no rows, the model returns no logits, skips blocks by itself or is compiled as a
+                whole, or this is compiled or a copy made by DataParallel.
         """
-        inputs = _as_tuple(inputs)
+        check_called_as_written(self)
+        inputs = model_inputs(self.model, inputs)
         if targets is None:
-            return self.model(*inputs)
-        check_not_compiled(self.model)
-        if getattr(self, "_is_replica", False):
+            return call_model(self.model, inputs)
+        check_not_compiled(self.model, self.stages)
+        if rows_in(inputs) == 0:
             raise ValueError(
-                "GKT runs in a copy made by DataParallel, which loses its step counter and statistics; use "
-                "DistributedDataParallel, with one process for each GPU (torchrun)"
+                "the batch has no rows; leave it out. (Where other processes have rows, all must leave the step out: "
+                "drop_last=True, or a sampler that gives each as many batches.)"
             )
         step = self.next_step if step is None else step
         network = self.network
@@ -163,6 +168,7 @@ class GKT(nn.Module):
         subnets = self.sample(step)
         streams = self._streams(subnets, step, kd_weight)
         result = choose_execution(network, streams).run(network, inputs, targets, streams, loss_scale)
+        _check_classes(result.logits, streams)
         if self.training:
             self.next_step = step + 1
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
@@ -213,7 +219,7 @@ class GKT(nn.Module):
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""
         if inputs is not None:
-            self.network.remember(_as_tuple(inputs))
+            self.network.remember(model_inputs(self.model, inputs))
         return self.network.layers(self.config.independent_noise)
 
     def get_extra_state(self) -> Tensor:
@@ -260,8 +266,19 @@ def _check_criterion(criterion: Any, config: GKTConfig) -> None:
         )
 
 
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+def _check_classes(logits: Tensor, streams: Streams) -> None:
+    """Checks that there is something to choose from.
+
+    Raises:
+        ValueError: there is a single class, and cross entropy or a softmax over it.
+    """
+    sigmoids_alone = streams.criterion is not None and streams.config.distillation == "sigmoid"
+    if logits.shape[1] == 1 and not sigmoids_alone:
+        raise ValueError(
+            f"logits have 1 class, shape {tuple(logits.shape)}; cross entropy and distillation need at least 2, since "
+            "the softmax over one is always 1. Let the model return 2 logits for two classes, or train one logit with "
+            "criterion=torch.nn.BCEWithLogitsLoss() and distillation='sigmoid'"
+        )
 
 
 def _since_0_2(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def freeze_during_backward(loss: Tensor, layers: Sequence[_NormBase]) -> None:
 def compiled_batch_norm(model: nn.Module) -> str | None:
     """The path of a compiled module that holds normalisation layers of batches; None: there is none."""
     for path, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None
+        compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
         if compiled and any(isinstance(inner, _NormBase) for inner in module.modules()):
             return path
     return None

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..network.batch import inputs_of
 from ..network.discovery import Stages
+from ..network.inputs import call_model, first_rows, map_tensors, model_inputs, rows_in
 from ..network.look import kept_modes
 from ..subnets.subnet import Subnet
 from .extraction import active_subnet
@@ -33,7 +35,8 @@ def recalibrate_batch_norm(
 
     Args:
         model: the network, changed in place; its training flags are left as they were.
-        loader: batches, or (batch, ...) tuples of which the first entry is used. Give it what training saw, augmented
+        loader: batches of inputs, or (inputs, ...) tuples of which the first entry is used, or mappings, of which
+            targets are left out (see `gkt_fast.network.batch`). Give it what training saw, augmented
             and shuffled: the first batches of a loader that goes class by class are of a few classes.
         num_samples: how many samples to use; fewer when the loader ends before.
         depths: estimate for this subnet; None: the model as it is.
@@ -60,10 +63,9 @@ def recalibrate_batch_norm(
                 layer.train()
             with nullcontext() if depths is None else active_subnet(model, depths, stages):
                 for batch in loader:
-                    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                    images = images[: num_samples - seen]
-                    model(images.to(device))
-                    seen += len(images)
+                    inputs = first_rows(model_inputs(model, inputs_of(batch)), num_samples - seen)
+                    call_model(model, map_tensors(lambda tensor: tensor.to(device), inputs))
+                    seen += rows_in(inputs) or 0
                     if seen >= num_samples:
                         break
         finally:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import average_batch_norm, reduce_sum, unsynchronized_batch_norm, world_size
+from ..network.batch import take_apart
 from ..network.calls import logits_of
 from ..network.discovery import Stages
+from ..network.inputs import call_model, map_tensors, model_inputs
 from ..network.look import kept_modes
 from ..subnets.subnet import Subnet
 from .calibration import batch_norm_state, recalibrate_batch_norm
@@ -61,8 +63,9 @@ def evaluate(
 
     Args:
         model: the network.
-        loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions. With a
-            criterion also (images, labels) batches, labels (B, C) floating point between 0 and 1.
+        loader: (inputs, class indices) batches, or mappings with "labels" (see `gkt_fast.network.batch`); class
+            indices (B,), or (B, *spatial) of dense predictions. With a criterion also labels (B, C) floating point
+            between 0 and 1 in place of class indices.
         depths: evaluate this subnet; None: the full network.
         stages: the model's stages; None: found automatically.
         calibration_loader: training batches on which BatchNorm's statistics are estimated for this evaluation alone
@@ -73,7 +76,8 @@ def evaluate(
         autocast: context to run the model in.
 
     Raises:
-        ValueError: the loader gave no row, the depths don't fit, or targets are labels and there is no criterion.
+        ValueError: the loader gave no row, or the depths or the targets' shape don't fit.
+        TypeError: a batch has another form, or targets are no class indices and there is no criterion.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
@@ -88,17 +92,19 @@ def evaluate(
                 average_batch_norm(model)
             model.eval()
             with nullcontext() if depths is None else active_subnet(model, depths, stages):
-                for images, targets in loader:
-                    images, targets = images.to(device), targets.to(device)
+                for whole in loader:
+                    batch = take_apart(map_tensors(lambda tensor: tensor.to(device), whole))
+                    targets = batch.targets
                     with autocast or nullcontext():
-                        logits = logits_of(model(images)).float()
+                        logits = logits_of(call_model(model, model_inputs(model, batch.inputs))).float()
+                    labels = (
+                        criterion is not None and isinstance(targets, Tensor) and targets.is_floating_point()
+                    )
+                    if not labels:
+                        _check_class_indices(targets, logits)
                     if criterion is not None:
                         loss += criterion(logits, targets) * len(targets)
-                    if targets.is_floating_point():
-                        if criterion is None:
-                            raise ValueError(
-                                "targets are floating point; they must be class indices, or there must be a criterion"
-                            )
+                    if labels:
                         right = (logits > 0) == (targets > 0.5)
                         samples += len(targets)
                         correct += right.flatten(1).double().mean(1).sum()
@@ -125,6 +131,30 @@ def evaluate(
         nothing = torch.zeros(3, round(classes / dense_ranks), dtype=torch.int64, device=device)
         mean_iou = _mean_iou(reduce_sum(nothing if overlap is None else overlap))
     return Evaluation(hits / count, total / count, int(count), mean_iou)
+
+
+def _check_class_indices(targets: Any, logits: Tensor) -> None:
+    """Checks the targets of an evaluation.
+
+    Raises:
+        TypeError, ValueError: they are probabilities, or of another shape.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets is a {type(targets).__name__}; it must be a tensor of class indices")
+    shape = tuple(logits.shape[:1] + logits.shape[2:])
+    if targets.is_floating_point():
+        hint = "; of class probabilities, targets.argmax(1) are the indices" if targets.dim() > 1 else ""
+        raise TypeError(
+            f"targets is {targets.dtype} of shape {tuple(targets.shape)}; accuracy is counted over class indices, "
+            f"int64 of shape {shape}{hint}"
+        )
+    if targets.shape != shape:
+        squeezed = targets.dim() == len(shape) + 1 and targets.shape[1] == 1
+        hint = "; use targets.squeeze(1)" if squeezed else ""
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; class indices must have shape {shape} for logits of shape "
+            f"{tuple(logits.shape)}{hint}"
+        )
 
 
 def _count_overlap(predicted: Tensor, targets: Tensor, rows: Tensor, classes: int) -> Tensor:

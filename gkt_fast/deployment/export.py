@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batch_norm.fusion import unfuse_blocks
 from ..network.calls import logits_of
+from ..network.copying import copy_of
 from ..network.discovery import Stages
 from ..subnets.subnet import Subnet
 from .extraction import extract_subnet
@@ -108,7 +108,7 @@ class _Logits(nn.Module):
 def _standalone(model: nn.Module, depths: Subnet | Sequence[int] | None, stages: Stages | None) -> nn.Module:
     if depths is not None:
         return extract_subnet(model, depths, stages)
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     unfuse_blocks(model)
     return model
 

@@ -7,21 +7,24 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import GKTConfig
+from ..network.batch import take_apart
 from ..network.discovery import Stages, as_stages
+from ..network.inputs import first_rows, map_tensors, model_inputs
 from ..network.profile import count_flops, one_sample
 from ..subnets.sampling import minimum_depths
 from ..subnets.subnet import Stage, Subnet
 from .evaluation import evaluate
-from .extraction import extract_subnet
+from .extraction import check_extracted, extract_subnet
 
 __all__ = [
     "SubnetResult",
@@ -171,12 +174,17 @@ def evaluate_subnets(
         chosen = [Subnet.of(depths, stages) for depths in subnets]
     if not chosen:
         raise ValueError("subnets is empty; it must hold at least one subnet")
-    example = next((one_sample((batch[0],)) for batch in loader), None)
-    if example is None:
+    rows = next((first_rows(model_inputs(model, take_apart(batch).inputs), 2) for batch in loader), None)
+    if rows is None:
         raise ValueError("loader gave no row to evaluate")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    rows = map_tensors(lambda tensor: tensor.to(device), rows)
+    example = one_sample(rows)
     results = []
     for subnet in tqdm(chosen, desc="subnets", disable=None if progress else True):
         network = extract_subnet(model, subnet, stages)
+        with autocast or nullcontext():
+            check_extracted(network, model, subnet, stages, rows)
         result = evaluate(
             network,
             loader,

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..distributed import is_sharded
-from .step import tensors_in
+from ..network.inputs import call_model, map_tensors, tensors_in
+from ..ops.library import refuse_second_derivative
 
 __all__ = ["GradientSum", "deliver", "refusal_of_sharded"]
 
@@ -60,9 +60,10 @@ class GradientSum:
 
     def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The model's forward on the aliases."""
-        inputs = tuple(self._input_aliases.get(id(value), value) for value in inputs)
+        if self._input_aliases:
+            inputs = map_tensors(lambda tensor: self._input_aliases.get(id(tensor), tensor), inputs)
         with self._aliased():
-            return model(*inputs)
+            return call_model(model, inputs)
 
     @contextmanager
     def _aliased(self) -> Iterator[None]:
@@ -103,10 +104,16 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *sources: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return loss.clone()
+        result = loss.clone()
+        ctx.save_for_backward(result)
+        return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
+        with torch.no_grad():
+            scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
+        if torch.is_grad_enabled():
+            present = tuple(gradient for gradient in scaled if gradient is not None)
+            refused = iter(refuse_second_derivative(None, present, through=ctx.saved_tensors))
+            scaled = [None if gradient is None else next(refused) for gradient in scaled]
         return None, None, *scaled

@@ -24,7 +24,7 @@ from ..batch_norm.statistics import (
     update_running_statistics,
 )
 from ..config import GKTConfig
-from ..network.calls import SharedStateError, logits_of
+from ..network.calls import SharedStateError
 from ..network.interception import Site, intercept
 from ..network.network import Network
 from ..subnets.plan import Plan, make_plan
@@ -62,7 +62,7 @@ def run_lean(
                     intercept(network.model, network.sites, states.call),
                 ):
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
-                    logits = logits_of(gradients.run(network.model, inputs))
+                    logits = network.logits(gradients.run(network.model, inputs))
                     states.end_stream()
                 with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..ops.library import refuse_second_derivative
 
 __all__ = ["ghost", "lead_and_kept"]
 
@@ -44,8 +45,16 @@ class _LeadAndKept(torch.autograd.Function):
         return (x.narrow(0, 0, lead * rows), *(x.narrow(0, i * rows, rows) for i in kept))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        result = _LeadAndKept._total(ctx, gradients)
+        if torch.is_grad_enabled():
+            given = tuple(gradient for gradient in gradients if gradient is not None)
+            (result,) = refuse_second_derivative(None, (result,), through=given)
+        return result, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def _total(ctx: Any, gradients: tuple[Tensor | None, ...]) -> Tensor:
         shape = (ctx.ghosts * ctx.rows, *ctx.example.shape[1:])
         like = next(gradient for gradient in gradients if gradient is not None)
         channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
@@ -66,4 +75,4 @@ class _LeadAndKept(torch.autograd.Function):
                 written.add(index)
         for index in set(range(ctx.ghosts)) - written:
             total.narrow(0, index * ctx.rows, ctx.rows).zero_()
-        return total, None, None, None
+        return total

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..network.block_order import BlockOrder
-from ..network.calls import logits_of
+from ..network.inputs import call_model
 from ..network.interception import Site, intercept
 from ..network.look import look
 from ..network.network import Network
@@ -34,7 +34,7 @@ def run_plain(
         return network.skip(site, args, kwargs)
 
     with intercept(network.model, dropped, skip):
-        logits = logits_of(network.model(*inputs))
+        logits = network.logits(call_model(network.model, inputs))
     term = target_loss(logits, targets, streams)
     weight = streams.config.ce_weight
     return StepResult(term if weight == 1.0 else weight * term, term.detach().reshape(1), logits.detach())
@@ -53,7 +53,7 @@ def _learn_returns(network: Network, inputs: tuple[Any, ...]) -> None:
         return output
 
     with look(network.model), intercept(network.model, blocks, call):
-        network.model(*inputs)
+        call_model(network.model, inputs)
     order.end_stream()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..batch_norm.statistics import frozen_statistics, tracking_layers
 from ..network.block_order import BlockOrder
-from ..network.calls import logits_of
+from ..network.inputs import map_tensors, tensors_in
 from ..network.interception import Site, intercept
 from ..network.network import Network
 from ..subnets.streams import Streams
@@ -58,7 +58,7 @@ def run_sequential(
             nullcontext() if updates_statistics else frozen_statistics(layers),
             intercept(network.model, blocks, call),
         ):
-            logits = logits_of(gradients.run(_at_resolution(network.model, streams, stream), inputs))
+            logits = network.logits(gradients.run(_at_resolution(network.model, streams, stream), inputs))
         order.end_stream()
         with frozen_statistics(layers):
             gradients.add(stream_loss(stream, logits))
@@ -66,24 +66,44 @@ def run_sequential(
 
 
 def _at_resolution(model: nn.Module, streams: Streams, stream: int) -> Callable[..., Any]:
-    """The model, on images resized as the stream's are. Every 4-dimensional input is a batch of images."""
+    """The model, on images resized as the stream's are."""
     if stream == 0 or not streams.resolutions:
         return model
     size = streams.resolutions[stream - 1]
 
-    def run(*inputs: Any) -> Any:
-        return model(*(resize_images(x, size) for x in inputs))
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = resize_images((args, kwargs), size)
+        return model(*args, **kwargs)
 
     return run
 
 
-def resize_images(images: Any, size: int) -> Any:
-    """Bilinear with antialiasing, to (B, C, size, size); anything but floating point (B, C, H, W) is left as it is."""
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        return images
-    if images.shape[2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+def resize_images(inputs: Any, size: int) -> Any:
+    """Resizes every batch of images among the inputs: every floating point tensor (B, C, H, W), however nested.
+
+    Bilinear with antialiasing, to (B, C, size, size).
+
+    Raises:
+        ValueError: there is none.
+    """
+    tensors = tensors_in(inputs)
+    if not any(map(_are_images, tensors)):
+        listed = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "no tensor"
+        raise ValueError(
+            f"subnet_resolution resizes images, floating point tensors (B, C, H, W); the model's inputs are {listed}. "
+            "Set subnet_resolution=None, or give the model such images"
+        )
+
+    def resized(tensor: Tensor) -> Tensor:
+        if not _are_images(tensor) or tensor.shape[2:] == (size, size):
+            return tensor
+        return F.interpolate(tensor, (size, size), mode="bilinear", antialias=True)
+
+    return map_tensors(resized, inputs)
+
+
+def _are_images(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_floating_point()
 
 
 def _refusal(network: Network, streams: Streams) -> Exception | None:

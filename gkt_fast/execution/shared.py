@@ -15,7 +15,7 @@ from ..batch_norm.statistics import (
     tracking_layers,
     update_running_statistics,
 )
-from ..network.calls import logits_of
+from ..network.inputs import call_model
 from ..network.interception import intercept
 from ..network.network import Network
 from ..subnets.streams import Streams
@@ -42,12 +42,12 @@ def run_shared(
         try:
             with intercept(network.model, network.sites, states.call):
                 states.begin_stream(streams.dropped[0])
-                logits = [logits_of(network.model(*inputs))]
+                logits = [network.logits(call_model(network.model, inputs))]
                 states.end_stream()
                 with nullcontext() if all_update else frozen_statistics(layers):
                     for dropped in streams.dropped[1:]:
                         states.begin_stream(dropped)
-                        logits.append(logits_of(network.model(*inputs)))
+                        logits.append(network.logits(call_model(network.model, inputs)))
                         states.end_stream()
         finally:
             states.close()

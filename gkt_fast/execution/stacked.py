@@ -27,8 +27,10 @@ from ..batch_norm.kinds import is_batch_norm
 from ..batch_norm.layer import ghost_batches, run_batch_norm_layer
 from ..batch_norm.statistics import StreamStatistics, compiled_batch_norm
 from ..network.block_order import BlockOrder
-from ..network.calls import SharedStateError, logits_of
+from ..network.calls import SharedStateError
 from ..network.checkpointing import checkpoints_activations
+from ..network.discovery import observes_ranges
+from ..network.inputs import call_model
 from ..network.interception import Site, find_layers, intercept
 from ..network.network import Network
 from ..network.noise import DrawDetector, forbid_draws
@@ -70,11 +72,13 @@ def reason_against(network: Network, streams: Streams) -> str | None:
 
 
 def _norm_against(model: nn.Module) -> str | None:
-    """Which normalisation layer can't run per ghost batch, and why; None: there is none."""
+    """Which normalisation layer or quantiser can't run per ghost batch, and why; None: there is none."""
     compiled = compiled_batch_norm(model)
     if compiled is not None:
         return f"{compiled!r} is compiled, so that the BatchNorm inside can't be run for each state by itself"
     for path, module in model.named_modules():
+        if observes_ranges(module):
+            return f"{path!r} ({type(module).__name__}) takes its range over all stacked states"
         if not isinstance(module, _NormBase):
             continue
         name = f"{path!r} ({type(module).__name__})"
@@ -114,7 +118,7 @@ def run_stacked(
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
     ):
-        logits = stack.per_stream(logits_of(network.model(*inputs)))
+        logits = stack.per_stream(network.logits(call_model(network.model, inputs)))
     stack.order.end_stream()
     statistics.update()
     loss, terms = joint_loss(logits, targets, streams)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..network.network import Network
 from ..subnets.streams import Streams
 
-__all__ = ["Execution", "Mode", "StepResult", "tensors_in"]
+__all__ = ["Execution", "Mode", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,3 @@ class Mode:
         if refusal is not None:
             raise refusal
         return self.run(network, inputs, targets, streams, loss_scale)
-
-
-def tensors_in(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors among the inputs of a model."""
-    return [value for value in values if isinstance(value, Tensor)]

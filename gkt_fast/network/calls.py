@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import logging
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -15,11 +13,10 @@ __all__ = [
     "logits_of",
     "run_on_shared_input",
     "skip_block",
+    "untrained_outputs",
     "values_returned",
     "versions",
 ]
-
-logger = logging.getLogger("gkt_fast")
 
 
 class SharedStateError(RuntimeError):
@@ -108,9 +105,6 @@ def values_returned(output: Any) -> int:
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, `.logits`, or "logits" or "out" of a mapping.
 
-    The rest is left out, among it the output of an auxiliary head ("aux" of torchvision's segmentation networks):
-    it is not trained, which is logged once.
-
     Raises:
         TypeError: none of them is there.
     """
@@ -118,21 +112,57 @@ def logits_of(output: Any) -> Tensor:
         return output
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
-    if isinstance(output, dict):
-        if "aux" in output and torch.is_grad_enabled():
-            _tell_about_auxiliary_head()
+    if isinstance(output, Mapping):
         for key in ("logits", "out"):
-            if isinstance(output.get(key), torch.Tensor):
+            if isinstance(output.get(key), Tensor):
                 return output[key]
+    kind = type(output).__name__
+    if isinstance(output, (tuple, list)):
+        kind += f" of ({', '.join(type(value).__name__ for value in output)})"
+    elif isinstance(output, Mapping):
+        kind += f" with the keys {', '.join(map(repr, output))}"
     raise TypeError(
-        f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
+        f"model returned {kind}; it must return a tensor of logits, an object with .logits, "
         "or a dict with 'logits' or 'out'"
     )
 
 
-@functools.cache
-def _tell_about_auxiliary_head() -> None:
-    logger.warning(
-        "the model returns 'aux' beside its logits; GKT trains the logits alone, so the auxiliary head gets no "
-        "gradient. Build the model without it (aux_loss=False), or take it away (model.aux_classifier = None)"
-    )
+def untrained_outputs(output: Any, logits: Tensor) -> list[str]:
+    """Names of what a model returned beside its logits that has a gradient and is not on the way to the logits.
+
+    Auxiliary heads and losses are; intermediate activations, which transformers returns at will, are not.
+
+    Args:
+        output: what the model returned.
+        logits: those in it, with their graph.
+    """
+    if isinstance(output, Tensor) or logits.grad_fn is None:
+        return []
+    entries = _entries(output)
+    candidates = {
+        name: heads
+        for name, value in entries.items()
+        if (
+            heads := [
+                v.grad_fn for v in tree_leaves(value) if isinstance(v, Tensor) and v.grad_fn is not None
+            ]
+        )
+    }
+    if not candidates:
+        return []
+    waiting, seen = [logits.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(function for function, _ in node.next_functions)
+    return [name for name, heads in candidates.items() if any(head not in seen for head in heads)]
+
+
+def _entries(output: Any) -> dict[str, Any]:
+    """What a model returned, by name."""
+    if isinstance(output, Mapping):
+        return {str(key): value for key, value in output.items()}
+    if hasattr(output, "_asdict"):
+        return output._asdict()
+    return dict(getattr(output, "__dict__", {}))

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .calls import logits_of
+from .inputs import call_model, map_tensors
 from .interception import Site, intercept
 
 __all__ = ["older_reads"]
@@ -30,7 +31,7 @@ def older_reads(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]
     Args:
         model: the network, run once as it is.
         sites: its blocks and the modules between them.
-        inputs: its positional arguments.
+        inputs: as of `model_inputs`.
 
     Returns:
         One entry for each call of a layer, in order of execution, and one for the logits, oldest first: 0 for the
@@ -47,7 +48,7 @@ def older_reads(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]
             positions[leaf] = len(found)
             return leaf.clone()  # what comes next may write into it
 
-        return tree_map_only(Tensor, marked, values)
+        return map_tensors(marked, values)
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         found.append(_older((args, kwargs), positions, len(found)))
@@ -57,7 +58,7 @@ def older_reads(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]
     compiler = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     with eager, torch.enable_grad(), intercept(model, sites, call):
-        logits = logits_of(model(*cut(inputs)))
+        logits = logits_of(call_model(model, cut(inputs)))
     return [*found, _older(logits, positions, len(found))]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..subnets.subnet import Stage
 from .discovery import find_stages
 
-__all__ = ["check_not_compiled", "compile_blocks"]
+__all__ = ["compile_blocks"]
 
 VARIANTS = 8
 """How many graphs a block of one shape may need: training and evaluation, with and without gradients, fixed and dynamic
@@ -54,16 +54,3 @@ def _shape(block: nn.Module) -> tuple[Any, ...]:
     """What blocks that share a graph have in common: classes and options of their modules, shapes of their tensors."""
     modules = tuple((name, type(module), module.extra_repr()) for name, module in block.named_modules())
     return modules, tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
-
-
-def check_not_compiled(model: nn.Module) -> None:
-    """Checks that the model isn't compiled as a whole.
-
-    Raises:
-        ValueError: it is.
-    """
-    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise ValueError(
-            "model is compiled as a whole, which would compile a graph for every subnet; "
-            "give GKT the model itself and compile its blocks by gkt_fast.compile_blocks(model)"
-        )

@@ -21,8 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..subnets.subnet import Stage
+from .wrappers import check_blocks_visible, check_not_scripted, is_scripted
 
-__all__ = ["NAME_STAGES", "Stages", "as_stages", "find_stages", "is_residual", "stages_from_paths"]
+__all__ = [
+    "NAME_STAGES",
+    "Stages",
+    "as_stages",
+    "call_form",
+    "find_stages",
+    "is_residual",
+    "observes_ranges",
+    "stages_from_paths",
+]
 
 Stages = Sequence["Stage | str | Sequence[str]"]
 """Stages as found, or named by module paths (`stages_from_paths`)."""
@@ -42,8 +52,9 @@ _PASSING_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.Hardswish,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 )  # fmt: skip
-_PASSING_MODULE_NAMES = ("DropPath", "StochasticDepth")
-"""How the names of such classes end (timm, torchvision, transformers)."""
+_QUANTISER_NAMES = ("FakeQuantize", "FakeQuantizer", "Observer")
+_PASSING_MODULE_NAMES = ("DropPath", "StochasticDepth", *_QUANTISER_NAMES)
+"""How the names of such classes end: of timm, torchvision, transformers; of fake quantisation, which rounds."""
 _RESHAPES = {torch.reshape, torch.flatten, torch.unflatten, "reshape", "view", "flatten", "unflatten"}
 _RESHAPES_LIKE = {"reshape_as", "view_as"}
 
@@ -56,6 +67,7 @@ def as_stages(model: nn.Module, stages: Stages | None) -> list[Stage]:
     """
     if stages is None:
         return find_stages(model)
+    check_blocks_visible(model, is_residual)
     if not isinstance(stages, str) and stages and all(isinstance(stage, Stage) for stage in stages):
         return list(stages)
     return stages_from_paths(model, stages)
@@ -67,6 +79,7 @@ def find_stages(model: nn.Module) -> list[Stage]:
     Raises:
         ValueError: there is no droppable block; the message lists what was found where.
     """
+    check_blocks_visible(model, is_residual)
     runs = list(_runs(model, ""))
     block_classes = {type(block) for run in runs for _, block in run if is_residual(block)}
     found = [stage for run in runs if type(run[0][1]) in block_classes for stage in _split(run)]
@@ -84,8 +97,11 @@ def find_stages(model: nn.Module) -> list[Stage]:
 def _description(run: list[tuple[str, nn.Module]]) -> str:
     """Where a run stands, what it holds, and whether its blocks withstood tracing."""
     container = run[0][0].rpartition(".")[0] or "the model"
-    untraceable = any(_has_skip_connection(block) is None for _, block in run)
-    why = " (their forward can't be traced: its control flow depends on its input)" if untraceable else ""
+    why = ""
+    if any(is_scripted(block) for _, block in run):
+        why = " (ScriptModules, whose forward can't be seen: put the modules there that they were made from)"
+    elif any(_has_skip_connection(block) is None for _, block in run):
+        why = " (their forward can't be traced: its control flow depends on its input)"
     return f"{container}: {len(run)} x {type(run[0][1]).__name__}{why}"
 
 
@@ -122,6 +138,7 @@ def stages_from_paths(model: nn.Module, stages: Sequence[str | Sequence[str]]) -
             raise ValueError("stages has an entry without blocks; it must name at least one")
         droppable = [_has_skip_connection(_submodule(model, path)) is not False for path in paths]
         found.append(Stage(tuple(paths), tuple(droppable)))
+    check_not_scripted(model, found)
     _check_distinct([path for stage in found for path in stage.blocks])
     if not any(any(stage.droppable) for stage in found):
         names = sorted({type(_submodule(model, path)).__name__ for stage in found for path in stage.blocks})
@@ -139,6 +156,8 @@ def is_residual(block: nn.Module) -> bool:
 def _has_skip_connection(block: nn.Module) -> bool | None:
     """`is_residual`, with None where the block's forward can't be traced."""
     if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or not block._modules:
+        return False
+    if is_scripted(block):
         return False
     if not isinstance(type(block).forward, FunctionType):
         return None
@@ -159,6 +178,19 @@ def _has_skip_connection(block: nn.Module) -> bool | None:
     return _reaches(result, inputs[0], modules)
 
 
+def call_form(block: nn.Module) -> tuple[bool, int]:
+    """How a block is called: whether it may take more than one argument, and how many values it returns in a tuple.
+
+    0 values: a bare one, or the block's forward can't be traced.
+    """
+    parameters = inspect.signature(block.forward).parameters.values()
+    try:
+        output = next(node for node in _BlockTracer().trace(block).nodes if node.op == "output").args[0]
+    except Exception:  # fx raises whatever the traced code raises when it meets a proxy
+        output = None
+    return len(parameters) > 1, len(output) if isinstance(output, tuple) else 0
+
+
 class _BlockTracer(torch.fx.Tracer):
     """Traces one block's own forward; everything inside it stays a call.
 
@@ -168,6 +200,14 @@ class _BlockTracer(torch.fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A module that the forward makes on the fly, `nn.ReLU(inplace=True)(x)`, is a part of the forward's code."""
+        if any(m is module for module in self.root.modules()):
+            return super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -245,6 +285,11 @@ def _is_passing_module(module: nn.Module) -> bool:
     if type(module) is nn.Sequential:  # an empty one stands for a shortcut in some models
         return all(map(_is_passing_module, module))
     return isinstance(module, _PASSING_MODULES) or type(module).__name__.endswith(_PASSING_MODULE_NAMES)
+
+
+def observes_ranges(module: nn.Module) -> bool:
+    """Whether a module prepares for quantisation: rounds, to a range that it finds in what passes through."""
+    return type(module).__name__.endswith(_QUANTISER_NAMES)
 
 
 def _runs(module: nn.Module, path: str) -> Iterator[list[tuple[str, nn.Module]]]:

@@ -1,8 +1,9 @@
 """Runs a model's own forward with the calls of chosen modules handed to someone else.
 
 While `intercept` is active, every chosen module's place in its parent holds a stand-in; the model's forward calls the
-stand-in as if it were the module. Nothing of the model is changed outside the block: no forward is rebound, no hook
-is left behind, and a module that stands in two places has one stand-in for each.
+stand-in as if it were the module. Another thread that runs the model meanwhile runs the modules themselves. Nothing of
+the model is changed outside the block: no forward is rebound, no hook is left behind, and a module that stands in two
+places has one stand-in for each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -107,21 +109,26 @@ def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[S
 class _StandIn:
     """Takes a module's place in its parent's `_modules`; looks like the module to everything but a call."""
 
-    __slots__ = ("__weakref__", "_call", "_module", "_site")
+    __slots__ = ("__weakref__", "_call", "_module", "_site", "_thread")
 
     def __init__(self, site: Site, module: nn.Module, call: Call) -> None:
         object.__setattr__(self, "_site", site)
         object.__setattr__(self, "_module", module)
         object.__setattr__(self, "_call", call)
+        object.__setattr__(self, "_thread", get_ident())
 
     @property
     def __class__(self) -> type:  # isinstance() in the model's forward sees the module's own class
         return type(self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != self._thread:  # someone else's inference while a step runs
+            return self._module(*args, **kwargs)
         return self._call(self._site, self._module, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _StandIn.__slots__:  # of one that is being made or copied: not to be asked of itself
+            raise AttributeError(name)
         return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..subnets.plan import Layer
 from ..subnets.subnet import Stage
-from .calls import run_on_shared_input, skip_block, values_returned
+from .calls import logits_of, run_on_shared_input, skip_block, untrained_outputs, values_returned
 from .interception import Site, find_sites
 from .noise import noisy_layers
 from .profile import count_layers, one_sample, same_form, zeros_for
@@ -23,6 +24,17 @@ KEPT_FORMS = 16
 """Forms of inputs whose layers stay counted, for images whose size changes from batch to batch."""
 
 logger = logging.getLogger("gkt_fast")
+
+
+_UNTRAINED = (
+    "the model returns %s beside its logits; GKT trains the logits alone, so that an auxiliary head or loss gets no "
+    "gradient. Build the model without it (aux_loss=False, aux_logits=False), or take it away (model.aux_classifier = "
+    "None)"
+)
+
+
+_outputs_told_of: WeakSet[nn.Module] = WeakSet()
+"""The models whose outputs were looked at."""
 
 
 class Network:
@@ -113,6 +125,19 @@ class Network:
     def run_on_shared_input(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Runs a layer whose input others read too (see `calls.run_on_shared_input`)."""
         return run_on_shared_input(self.writes_input, site.path, module, args, kwargs)
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in what the model returned in a step (see `calls.logits_of`).
+
+        What else it returned is not trained. Of outputs that would need to be, a warning tells once.
+        """
+        logits = logits_of(output)
+        if logits is not output and logits.requires_grad and self.model not in _outputs_told_of:
+            _outputs_told_of.add(self.model)
+            names = untrained_outputs(output, logits)
+            if names:
+                logger.warning(_UNTRAINED, ", ".join(map(repr, names)))
+        return logits
 
     def learn_returns(self, site: Site, output: Any) -> None:
         """Keeps how many values a block returned."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .inputs import call_model
 from .interception import Site, intercept
 from .look import look
 
@@ -96,5 +97,5 @@ def noisy_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             if isinstance(module, _NormBase):
                 module.eval()
         with intercept(model, sites, call):
-            model(*inputs)
+            call_model(model, inputs)
     return frozenset(noisy)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..subnets.plan import Layer
 from .chain import older_reads
+from .inputs import call_model, map_tensors, rows_in, tensors_in
 from .interception import Site, intercept
 from .look import look
 
@@ -23,18 +24,18 @@ def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
     Tensors whose first dimension is not the batch (that of the first tensor) keep their shape.
     """
-    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+    batch = rows_in(inputs)
 
     def form(value: Tensor) -> Tensor:
         shape = (1, *value.shape[1:]) if value.dim() and value.shape[0] == batch else value.shape
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
-    return tuple(form(value) if isinstance(value, Tensor) else value for value in inputs)
+    return map_tensors(form, inputs)
 
 
 def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether the tensors of two samples have the same shapes."""
-    return [getattr(value, "shape", None) for value in a] == [getattr(value, "shape", None) for value in b]
+    return [tensor.shape for tensor in tensors_in(a)] == [tensor.shape for tensor in tensors_in(b)]
 
 
 def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
@@ -48,7 +49,7 @@ def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
     counter = FlopCounterMode(display=False)
     with look(model), counter:
-        model(*zeros_for(model, inputs))
+        call_model(model, zeros_for(model, inputs))
     return counter.get_total_flops()
 
 
@@ -56,13 +57,11 @@ def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Zeros in the form of `inputs` on the model's device, floating point ones in the dtype of its parameters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
-    def zeros(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def zeros(value: Tensor) -> Tensor:
         dtype = parameter.dtype if value.is_floating_point() else value.dtype
         return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
 
-    return tuple(map(zeros, inputs))
+    return map_tensors(zeros, inputs)
 
 
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
@@ -71,7 +70,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     Args:
         model: the network; left in the mode it was in, with the random state it had.
         sites: its blocks and the modules between them.
-        inputs: the model's positional arguments in the form of `one_sample`; the model gets `zeros_for` them.
+        inputs: the model's inputs in the form of `one_sample`; the model gets `zeros_for` them.
     """
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
@@ -103,7 +102,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             intercept(model, sites, call),
             counter,
         ):
-            model(*zeros_for(model, inputs))
+            call_model(model, zeros_for(model, inputs))
         reads = older_reads(model, sites, zeros_for(model, inputs))
     names = ["the model's input", *(f"the output of {layer.path!r}" for layer in layers)]
     for i, older in enumerate(reads):

@@ -74,12 +74,12 @@ def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
 
 
 def refuse_second_derivative(
-    op: str, gradients: tuple[Tensor, ...], through: tuple[Tensor, ...]
+    op: str | None, gradients: tuple[Tensor, ...], through: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients, made so that differentiating them is an error instead of a silent zero.
 
     Args:
-        op: name of the op; the error refers to `<op>_reference`.
+        op: name of the op; the error refers to `<op>_reference`. None: the gradients are not an op's, but a step's.
         gradients: what a backward pass computed.
         through: tensors of the graph that the gradients depend on: saved inputs, or results that do in their turn.
     """
@@ -90,7 +90,7 @@ class _Refused(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(op: str | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
@@ -99,8 +99,15 @@ class _Refused(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        step = (
+            "the loss of a GKT step can't be differentiated twice, in no execution mode: a gradient penalty and the "
+            "like (create_graph=True) must be computed on a forward of the model itself, gkt.model(inputs)"
+        )
+        if ctx.op is None:
+            raise RuntimeError(step)
         raise RuntimeError(
-            f"{ctx.op} can't be differentiated twice; {ctx.op}_reference can, and computes the same"
+            f"{ctx.op} can't be differentiated twice; {ctx.op}_reference can, and computes the same. For users of GKT: "
+            f"{step}"
         )
 
 

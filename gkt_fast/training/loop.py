@@ -8,6 +8,8 @@ from typing import Any
 
 from ..distributed import any_rank, is_distributed, world_size
 from ..gkt import GKTOutput
+from ..network.batch import take_apart
+from ..network.inputs import rows_in
 from .batches import dead_workers_named
 from .callbacks import Callbacks
 from .interruption import Interruption, deferred_interrupt
@@ -110,11 +112,12 @@ class TrainingLoop:
         """Trains on each batch; returns the number of samples."""
         state, batches, optimization = self._state, self._state.batches, self._state.optimization
         samples = 0
-        for images, targets in batches.rest():
-            output = self._step(images, targets, **self._update_option())
+        for whole in batches.rest():
+            batch = take_apart(whole)
+            output = self._step(batch.inputs, batch.targets, **self._update_option())
             state.end_batch(output)
             self._callbacks.tell("on_step_end", output)
-            samples += len(images)
+            samples += rows_in(batch.inputs) or 0
             between_steps = not optimization.batches
             read = between_steps and batches.done // optimization.accumulate % self._log_interval == 0
             if read:

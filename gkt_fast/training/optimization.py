@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed import reduce_min
+from ..distributed import rank, reduce_min
+from .schedules import check_step
 from .step_guard import StepGuard
 
 __all__ = ["Optimization"]
@@ -32,7 +34,9 @@ class Optimization:
             `StepGuard`). A float16 step whose gradients overflow is skipped by the loss scaling in any case.
 
     Raises:
-        ValueError, TypeError: accumulate or clip_grad_norm is out of its range.
+        ValueError, TypeError: accumulate or clip_grad_norm is out of its range, or skip_nonfinite doesn't go with the
+            optimizer.
+        TypeError: the optimizer's `step` needs an argument, such as a closure.
     """
 
     def __init__(
@@ -52,6 +56,12 @@ class Optimization:
             raise ValueError(f"accumulate is {accumulate}; it must be at least 1")
         if clip_grad_norm is not None and not 0.0 < clip_grad_norm < math.inf:
             raise ValueError(f"clip_grad_norm is {clip_grad_norm}; it must be a positive number or None")
+        check_step("optimizer", optimizer)
+        if skip_nonfinite and hasattr(optimizer, "consolidate_state_dict"):
+            raise ValueError(
+                f"skip_nonfinite is True, and the optimizer is {type(optimizer).__name__}, which hides its state, so "
+                "that a step can't be taken back; set skip_nonfinite=False"
+            )
         self.optimizer = optimizer
         self.device = device
         self.accumulate = accumulate
@@ -133,6 +143,17 @@ class Optimization:
     def forget_batches(self) -> None:
         """Gives up the gradients that wait for the optimizer's step."""
         self.batches = 0
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state for a checkpoint, which rank 0 writes. Every rank must call it.
+
+        Of a `ZeroRedundancyOptimizer` rank 0 gathers the whole state; the others return their parameter groups alone.
+        """
+        if hasattr(self.optimizer, "consolidate_state_dict"):
+            self.optimizer.consolidate_state_dict(to=0)
+            if rank() != 0:
+                return {"state": {}, "param_groups": [dict(group) for group in self.optimizer.param_groups]}
+        return self.optimizer.state_dict()
 
     def _clip(self, norm: Tensor) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..network.inputs import map_tensors
+
 __all__ = ["AMP_DTYPES", "Placement"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,17 +50,17 @@ class Placement:
         )
         return images.to(self.device, non_blocking=True, memory_format=memory_format)
 
-    def batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch to train on, moved."""
-        return self.images(images), targets.to(self.device, non_blocking=True)
+    def batch(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """A batch to train on, moved: the model's inputs, in any form that `GKT` takes, and the targets."""
+        return map_tensors(self.images, inputs), map_tensors(self._targets, targets)
+
+    def _targets(self, targets: Tensor) -> Tensor:
+        return targets.to(self.device, non_blocking=True)
 
     def loader(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """A loader's batches with their images moved: images alone, or a sequence that begins with them."""
+        """A loader's batches, of any form, with every tensor moved."""
         for batch in loader:
-            if isinstance(batch, (tuple, list)):
-                yield (self.images(batch[0]), *batch[1:])
-            else:
-                yield self.images(batch)
+            yield map_tensors(self.images, batch)
 
     def autocast(self) -> AbstractContextManager:
         """Inside, the forward pass runs in the precision of `amp`."""

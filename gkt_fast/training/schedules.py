@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-__all__ = ["LearningRateSchedule", "LinearWarmup"]
+__all__ = ["LearningRateSchedule", "LinearWarmup", "check_step"]
 
 logger = logging.getLogger("gkt_fast")
 
@@ -22,22 +23,52 @@ class LearningRateSchedule:
 
     A schedule is a function of the step and of the scheduler's arguments. A resumed run whose scheduler has other
     arguments than the checkpoint's (more epochs, say) goes on with the schedule of its own arguments, from the step of
-    the checkpoint on; that is logged. `ReduceLROnPlateau`, which goes by what it has seen, is restored as it was.
+    the checkpoint on; that is logged. `ReduceLROnPlateau`, which goes by what it has seen, is restored as it was; it
+    watches the validation loss, or with mode="max" the validation accuracy.
 
     Args:
         scheduler: of the learning rate; None: the rate stays as it is.
         interval: "epoch" or "step": what the scheduler counts.
 
     Raises:
-        ValueError: interval is neither.
+        ValueError: interval is neither, or it is "step" for a `ReduceLROnPlateau`.
+        TypeError: the scheduler's `step` can't be called without arguments.
     """
 
     def __init__(self, scheduler: LRScheduler | None = None, interval: str = "epoch") -> None:
         if interval not in ("epoch", "step"):
             raise ValueError(f"scheduler_interval is {interval!r}; it must be 'epoch' or 'step'")
-        self.scheduler = scheduler
         self.interval = interval
+        self.scheduler = scheduler
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; may be replaced between two runs."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: LRScheduler | ReduceLROnPlateau | None) -> None:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if self.interval == "step":
+                raise ValueError(
+                    "scheduler_interval is 'step', but ReduceLROnPlateau waits for a validation, which comes after "
+                    "every epoch; it must be 'epoch'"
+                )
+        elif scheduler is not None:
+            check_step("scheduler", scheduler)
+        self._scheduler = scheduler
         self._fresh = None if scheduler is None else _Fresh(scheduler)
+
+    def check_metrics(self, available: bool) -> None:
+        """Checks that there will be metrics of a validation, where the scheduler needs them.
+
+        Raises:
+            ValueError: it does, and there won't.
+        """
+        if isinstance(self.scheduler, ReduceLROnPlateau) and not available:
+            raise ValueError(
+                "scheduler is ReduceLROnPlateau, which watches the validation; pass a val_loader"
+            )
 
     def end_step(self) -> None:
         """After an optimizer step."""
@@ -46,7 +77,9 @@ class LearningRateSchedule:
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """After an epoch with these metrics."""
-        if self.scheduler is not None and self.interval == "epoch":
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(metrics["val_loss" if self.scheduler.mode == "min" else "val_accuracy"])
+        elif self.scheduler is not None and self.interval == "epoch":
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -129,6 +162,33 @@ def _differences(saved: Any, own: Any, name: str = "") -> list[str]:
 
 def _shown(rates: list[Any]) -> str:
     return ", ".join(f"{float(rate):.4g}" for rate in dict.fromkeys(rates))
+
+
+def check_step(argument: str, stepper: Any) -> None:
+    """Checks that `step()` of an optimizer or scheduler can be called without arguments.
+
+    Args:
+        argument: how the error calls it.
+        stepper: the optimizer or scheduler.
+
+    Raises:
+        TypeError: it can't.
+    """
+    # Of the class: schedulers put a function of their own in place of their optimizer's method.
+    _, *parameters = inspect.signature(type(stepper).step).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in _VARIADIC
+    ]
+    if needed:
+        raise TypeError(
+            f"{argument} is {type(stepper).__name__}, whose step() needs {', '.join(needed)}; GKTTrainer calls step() "
+            "without arguments. Choose another, or train with GKT in a loop of your own"
+        )
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)

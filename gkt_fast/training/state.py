@@ -128,7 +128,7 @@ class TrainingState:
             )
         return {
             "model": self.gkt.model.state_dict(),
-            "optimizer": self.optimization.optimizer.state_dict(),
+            "optimizer": self.optimization.optimizer_state(),
             "optimizer_class": type(self.optimization.optimizer).__name__,
             "scheduler": self.schedule.state_dict(),
             "scaler": self.optimization.scaler.state_dict(),

@@ -22,6 +22,7 @@ from ..deployment.survival import survival_scaling
 from ..distributed import parallelize
 from ..gkt import GKT, GKTOutput
 from ..network import compilation
+from ..network.inputs import rows_in
 from ..subnets.subnet import Subnet
 from .callbacks import Callback, Callbacks
 from .loggers import Logger, Reports
@@ -52,6 +53,7 @@ class GKTTrainer:
         optimizer: over the model's parameters.
         config: the hyper-parameters; None: the defaults.
         scheduler: learning-rate schedule, stepped after every epoch, or every step with `scheduler_interval="step"`.
+            `ReduceLROnPlateau` gets the validation loss, or with mode="max" the validation accuracy.
         scheduler_interval: "epoch" or "step".
         device: where to train; None: where the model is.
         amp: None for full precision, "bf16", or "fp16" (with dynamic loss scaling).
@@ -126,13 +128,13 @@ class GKTTrainer:
         self.state = TrainingState(gkt, optimization, schedule, weight_average)
         self.kd_schedule = kd_schedule
 
-    def step(self, images: Tensor, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
+    def step(self, images: Any, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
         """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
 
         With `accumulate`, the optimizer's step comes with every so many calls; their subnets are the same.
 
         Args:
-            images: (B, ...), moved to the trainer's device.
+            images: (B, ...), or the model's inputs in another form that `GKT` takes; moved to the trainer's device.
             targets: class indices (B, *spatial) or probabilities (B, C, *spatial).
             update: whether the optimizer steps now; None: with every `accumulate`-th call. Under
                 DistributedDataParallel, False leaves the gradients of this call to be synchronised by a later one.
@@ -155,7 +157,7 @@ class GKTTrainer:
                     kd_weight=None if factor is None else factor * self.config.kd_weight,
                 )
             last = optimization.is_last() if update is None else update
-            optimization.backward(output.loss, len(images))
+            optimization.backward(output.loss, rows_in(images) or 0)
         if last:
             self.finish_step()
         return replace(output, loss=output.loss.detach())
@@ -230,9 +232,11 @@ class GKTTrainer:
         interrupted.
 
         Args:
-            train_loader: (images, targets) batches; a `DistributedSampler` gets its epoch set.
+            train_loader: (inputs, targets) batches, or mappings with "labels" (see `gkt_fast.network.batch`); a
+                `DistributedSampler` gets its epoch set.
             epochs: epochs in all, those of an earlier run that is resumed included.
-            val_loader: (images, class indices) batches, evaluated after every epoch; each rank's own share.
+            val_loader: (inputs, class indices) batches, or mappings, evaluated after every epoch; each rank's own
+                share.
             val_depths: subnets that are evaluated on the val_loader after every epoch too, with BatchNorm statistics
                 estimated on the calibration_loader; `val_accuracy_D-D-D` in the metrics.
             calibration_loader: training images as they are without mixup and the like; None: the train_loader.
@@ -249,7 +253,9 @@ class GKTTrainer:
             One dict of metrics per epoch of this call, as written to `summary.csv`.
 
         Raises:
-            ValueError: epochs, log_interval or val_depths is out of range, or the train_loader is empty.
+            ValueError: epochs, log_interval or val_depths is out of range, the train_loader is empty, or the scheduler
+                waits for a validation loss and there is no val_loader.
+            TypeError: a batch has another form.
             CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
             DataLoadingError: a worker process of a loader died.
             NonFiniteLossError: the loss is NaN or infinite; names the step and the streams.
@@ -259,6 +265,7 @@ class GKTTrainer:
         if log_interval < 1:
             raise ValueError(f"log_interval is {log_interval}; it must be at least 1")
         state = self.state
+        state.schedule.check_metrics(available=val_loader is not None)
         validation = Validation(
             self.evaluate,
             val_loader,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..network.copying import copy_of
+
 __all__ = ["WeightAverage"]
 
 
@@ -29,7 +31,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"ema_decay is {decay}; it must be in [0, 1]")
-        self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self._averaged = AveragedModel(
+            copy_of(model), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
         self._source = model
         self._started = False
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOAT_DTYPES
+from ..dtypes import FLOAT_DTYPES, accumulation_dtype
 
 __all__ = [
     "Check",
@@ -16,9 +16,11 @@ __all__ = [
     "check_class_indices",
     "check_streams",
     "check_tensors",
+    "check_values",
     "fraction",
     "integer",
     "one_of",
+    "overflows",
     "positive",
     "weight",
 ]
@@ -112,8 +114,49 @@ def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim:
     if targets.shape != expected:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}; class indices must have shape "
-            f"{tuple(expected)} for logits of shape {tuple(logits.shape)}"
+            f"{tuple(expected)} for logits of shape {tuple(logits.shape)}{_hint(targets, shape)}"
         )
+
+
+def _hint(targets: Tensor, shape: torch.Size) -> str:
+    """What to do about the most frequent wrong shapes of class indices; `shape` is that of one stream's logits."""
+    if targets.shape == (shape[0], 1) and len(shape) == 2:
+        return "; use targets.squeeze(1)"
+    if len(shape) > 2 and targets.shape == shape[:-1]:
+        return (
+            f". If these are logits of tokens {tuple(shape)}, classes last: they must come after the batch, so let the "
+            "model return logits.transpose(1, -1)"
+        )
+    return ""
+
+
+def check_values(logits: Tensor, targets: Tensor, normalize_logits: bool, class_dim: int) -> None:
+    """Checks, on the CPU, what takes reading values: probabilities, and that the variance over classes stays finite.
+
+    Logits that are NaN or infinite pass: they are for the watch on the loss.
+
+    Raises:
+        ValueError: a probability is negative, or the variance overflows.
+    """
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or not logits.numel():
+        return
+    if targets.is_floating_point() and (targets < 0).any():
+        raise ValueError(
+            f"targets has the value {targets.min().item():.4g}; floating point targets are class probabilities, which "
+            "are not negative"
+        )
+    if normalize_logits and bool(overflows(logits, class_dim) & (largest := logits.abs().amax()).isfinite()):
+        raise ValueError(
+            f"logits reach {largest.item():.3g}, and normalize_logits standardises them over all classes, whose "
+            "variance then overflows. Are classes masked by such values? Leave them out of the logits, mask by at most "
+            "-1e4, or set normalize_logits=False"
+        )
+
+
+def overflows(logits: Tensor, class_dim: int) -> Tensor:
+    """Whether the variance over classes may be infinite or NaN: a bool scalar on the logits' device."""
+    largest = torch.finfo(accumulation_dtype(logits.dtype)).max
+    return ~(logits.detach().abs().amax() <= math.sqrt(largest / (4 * logits.shape[class_dim])))
 
 
 def check_class_indices(targets: Tensor, classes: int, ignore_index: int) -> None:

@@ -27,7 +27,7 @@ from .. import library
 from ..dtypes import FLOAT_DTYPES
 from ..native import native_cuda_module, native_module
 from ..registry import Implementation, register, run, run_in_plain_torch
-from .checks import check_streams, check_tensors
+from .checks import check_streams, check_tensors, check_values, overflows
 from .native import CppBackend, CudaBackend
 from .options import SCHEMA, LossOptions, lists_options, loss_options
 from .problem import Problem, outputs
@@ -97,6 +97,8 @@ def _gradient_scale(logits: Tensor, *weights: float) -> float:
 def _forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, Tensor, Tensor]:
     *flat, with_gradient, gradient_scale = values
     problem = Problem(LossOptions.unflatten(tuple(flat)), gradient_scale)
+    normalize = problem.options.normalize_logits
+    check_values(logits, targets, normalize, class_dim=2)
     loss, terms, gradient = outputs(logits, with_gradient)
     tensors = logits, targets, loss, terms, gradient if with_gradient else None
     if problem.options.distillation == "sigmoid":
@@ -108,6 +110,8 @@ def _forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, 
             logits.dtype,
             lambda backend: backend.forward(problem, *tensors),
         )
+    if normalize and logits.numel():  # as the reference; the kernels' sums may hide it, their gradients don't
+        loss.masked_fill_(overflows(logits, class_dim=2), math.nan)
     return loss, terms, gradient
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..library import differentiable
-from .checks import check_class_indices, check_streams, check_tensors
+from .checks import check_class_indices, check_streams, check_tensors, check_values
 from .options import LossOptions, lists_options, loss_options
 from .problem import Problem
 
@@ -42,6 +42,7 @@ class GroupKnowledge:
     def full(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Stores the full network's knowledge and returns its cross entropy, a scalar, not weighted."""
         ce = self.cross_entropy(logits, targets)
+        check_values(logits, targets, self.options.normalize_logits, class_dim=1)
         self.teach(logits)
         return ce
 
@@ -60,6 +61,7 @@ class GroupKnowledge:
                 f"group is {group}; it must be at least 1, and a stream of group {group - 1} must come first"
             )
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
+        check_values(logits, targets, self.options.normalize_logits, class_dim=1)
         normalized = self._normalized(logits)
         log_p = self._log_soft_labels(self._knowledge[group - 1])
         log_q = self._log_soft_labels(normalized)
@@ -76,6 +78,7 @@ class GroupKnowledge:
         """The cross entropy of raw logits with this loss's options, a scalar."""
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
         if targets.is_floating_point():
+            check_values(logits, targets, False, class_dim=1)
             targets = targets.to(accumulation_dtype(logits.dtype))
         else:
             check_class_indices(targets, logits.shape[1], self.options.ignore_index)
