@@ -90,7 +90,13 @@ class _CutStates(States):
         self._readers = Counter(state for path in plan.paths for state in path)
         children = Counter(plan.parents[1:])
         ends = Counter(path[-1] for path in plan.paths)
-        self._branching = {state for state in self._readers if children[state] + ends[state] > 1}
+        # Past the last block, what comes next may read any layer's output: the logits needn't be of the last one.
+        past_blocks = max((i + 1 for i, layer in enumerate(plan.layers) if layer.is_block), default=0)
+        self._branching = {
+            state
+            for state, readers in self._readers.items()
+            if children[state] + ends[state] > 1 or (readers > 1 and plan.layer_of[state] >= past_blocks)
+        }
         self._cuts: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._executed: dict[int, _State] = {}
         self._plan_path: tuple[int, ...] = ()
