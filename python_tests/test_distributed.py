@@ -142,6 +142,21 @@ def test_a_rank_that_dies_ends_the_run_with_its_error_and_leaves_the_last_checkp
     assert trainer.gkt.next_step == 3
 
 
+def test_an_empty_batch_on_one_rank_ends_the_run_in_words():
+    started = time.perf_counter()
+    result = subprocess.run(
+        [*TORCHRUN, "-m", "helpers.empty_rank"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "ValueError: the batch has no rows" in result.stderr
+    assert time.perf_counter() - started < 100, "torchrun did not end the other rank before its time-out"
+
+
 def test_ctrl_c_stops_all_ranks_at_one_step_from_which_a_single_process_goes_on(tmp_path, capsys):
     flags = ["train", "--model", "cifar_resnet8", "--train-images", "40", "-b", "5", "--sched", "none"]
     flags += ["--log-interval", "1", "--device", "cpu", "--output", str(tmp_path), "--experiment", "x"]

@@ -251,7 +251,10 @@ def _status(implementation: Implementation) -> str:
         for (*failed, device, dtype), reason in _state.given_up.items()
         if (op, backend) == tuple(failed)
     ]
-    return _load(op, backend)[1] or "; ".join(failures) or "ok"
+    reason = _load(op, backend)[1] or "; ".join(failures)
+    if not reason and implementation.devices == ("cuda",) and not torch.cuda.is_available():
+        reason = "torch sees no GPU"
+    return reason or "ok"
 
 
 def _check_name(backend: str, argument: str) -> None:

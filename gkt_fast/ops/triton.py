@@ -11,7 +11,7 @@ import torch
 
 from .registry import BackendError
 
-__all__ = ["DEVICES", "check_usable", "reporting_failures"]
+__all__ = ["DEVICES", "reporting_failures"]
 
 # Triton's interpreter runs kernels on CPU tensors.
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -25,16 +25,6 @@ _LONGEST_REASON = 300
 # What Triton's launcher reports of the driver, and what in it says that compiled kernels don't fit this GPU.
 _DRIVER_ERROR = "Triton Error [CUDA]"
 _DOES_NOT_FIT = ("kernel image", "PTX", "invalid device function")
-
-
-def check_usable() -> None:
-    """Checks that there is something for Triton's kernels to run on.
-
-    Raises:
-        BackendError: there isn't.
-    """
-    if "cpu" not in DEVICES and not torch.cuda.is_available():
-        raise BackendError("torch sees no GPU")
 
 
 def reporting_failures(launch: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dtypes import FLOAT_DTYPES as DTYPES
-from ..triton import DEVICES, check_usable, reporting_failures
+from ..triton import DEVICES, reporting_failures
 from .problem import Problem
 
 __all__ = ["DEVICES", "DTYPES", "TritonBackend"]
@@ -15,7 +15,6 @@ class TritonBackend:
     """The Triton kernels."""
 
     def __init__(self) -> None:
-        check_usable()
         from gkt_fast.kernels.triton import ghost_batch_norm as kernels
 
         self._forward = reporting_failures(kernels.forward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..triton import DEVICES, check_usable, reporting_failures
+from ..triton import DEVICES, reporting_failures
 from .checks import check_class_indices
 from .problem import Problem
 
@@ -19,7 +19,6 @@ class TritonBackend:
     """The Triton kernel."""
 
     def __init__(self) -> None:
-        check_usable()
         from gkt_fast.kernels.triton import group_knowledge_loss as kernel
 
         self._launch = reporting_failures(kernel.group_knowledge_loss)
