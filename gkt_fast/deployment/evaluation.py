@@ -17,6 +17,7 @@ from ..network.discovery import Stages
 from ..network.look import kept_modes
 from ..subnets.subnet import Subnet
 from .calibration import batch_norm_state, recalibrate_batch_norm
+from .elastic import ElasticNetwork
 from .extraction import active_subnet
 
 __all__ = ["Evaluation", "evaluate"]
@@ -60,7 +61,7 @@ def evaluate(
     every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
 
     Args:
-        model: the network.
+        model: the network; an `ElasticNetwork` runs at the depths, with its own statistics.
         loader: (images, class indices) batches; class indices (B,), or (B, *spatial) of dense predictions. With a
             criterion also (images, labels) batches, labels (B, C) floating point between 0 and 1.
         depths: evaluate this subnet; None: the full network.
@@ -75,6 +76,10 @@ def evaluate(
     Raises:
         ValueError: the loader gave no row, the depths don't fit, or targets are labels and there is no criterion.
     """
+    if isinstance(model, ElasticNetwork):
+        if calibration_loader is not None or stages is not None:
+            raise ValueError("calibration_loader and stages are the elastic network's own; leave them out")
+        model, depths = model.at(depths), None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
     correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)

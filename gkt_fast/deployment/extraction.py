@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,20 +76,30 @@ def extract_subnet(
     dropped = subnet.dropped(stages)
     extracted = copy.deepcopy(model)
     unfuse_blocks(extracted)
-    _shorten_configuration(extracted, stages, subnet)
-    for path in sorted(dropped, key=_natural, reverse=True):
-        parent_path, _, name = path.rpartition(".")
-        parent = extracted.get_submodule(parent_path)
-        if isinstance(parent, (nn.Sequential, nn.ModuleList)) and name.isdigit():
-            del parent[int(name)]
-        elif isinstance(parent, nn.Sequential):
-            del parent._modules[name]
-        else:
-            setattr(parent, name, nn.Identity())
+    shorten_configuration(extracted, stages, subnet)
+    drop_blocks(extracted, dropped)
     return extracted
 
 
-def _shorten_configuration(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> None:
+def drop_blocks(model: nn.Module, paths: Iterable[str]) -> None:
+    """Takes blocks out of a model in place, as `extract_subnet` says."""
+    for path in sorted(paths, key=_natural, reverse=True):
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if not removed_from_container(parent, name):
+            setattr(parent, name, nn.Identity())
+        elif name.isdigit():
+            del parent[int(name)]  # type: ignore[operator]
+        else:
+            del parent._modules[name]
+
+
+def removed_from_container(parent: nn.Module, name: str) -> bool:
+    """Whether a dropped block leaves no `nn.Identity` in its parent."""
+    return isinstance(parent, nn.Sequential) or (isinstance(parent, nn.ModuleList) and name.isdigit())
+
+
+def shorten_configuration(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> None:
     """Where a Hugging Face model's configuration counts the blocks, counts those of the subnet."""
     config = getattr(model, "config", None)
     depths = [stage.depth for stage in stages]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..subnets.subnet import Stage
 
-__all__ = ["Call", "Site", "find_layers", "find_sites", "intercept"]
+__all__ = ["Call", "Site", "StandIn", "find_layers", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -104,7 +104,7 @@ def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[S
     return sites
 
 
-class _StandIn:
+class StandIn:
     """Takes a module's place in its parent's `_modules`; looks like the module to everything but a call."""
 
     __slots__ = ("__weakref__", "_call", "_module", "_site")
@@ -148,7 +148,7 @@ def intercept(model: nn.Module, sites: Iterable[Site], call: Call) -> Iterator[N
                 parents[site.parent] = model.get_submodule(site.parent)
             modules = parents[site.parent]._modules
             module = modules[site.name]
-            modules[site.name] = _StandIn(site, module, call)
+            modules[site.name] = StandIn(site, module, call)
             replaced.append((modules, site.name, module))
         yield
     finally:
