@@ -15,18 +15,16 @@ if TYPE_CHECKING:
     from .batch_norm.fusion import fuse_blocks, unfuse_blocks
     from .config import GKTConfig
     from .deployment.calibration import recalibrate_batch_norm
+    from .deployment.cascade import Cascade, CascadeEvaluation, CascadeResult
+    from .deployment.cascade_fit import fit_cascade
+    from .deployment.elastic import ElasticNetwork, load_elastic, make_elastic
     from .deployment.evaluation import Evaluation, evaluate
     from .deployment.export import ExportError, export_onnx
     from .deployment.extraction import active_subnet, extract_subnet
-    from .deployment.subnet_table import (
-        SubnetResult,
-        best_subnet,
-        choose_subnets,
-        evaluate_subnets,
-        pareto_front,
-        plot_subnets,
-        write_subnets_csv,
-    )
+    from .deployment.latency import Latency
+    from .deployment.subnet_choice import choose_subnets
+    from .deployment.subnet_report import plot_subnets, write_subnets_csv
+    from .deployment.subnet_table import SubnetResult, best_subnet, evaluate_subnets, pareto_front
     from .deployment.survival import survival_scaling
     from .gkt import GKT, GKTOutput
     from .losses import GroupKnowledgeLoss, NormalizedCrossEntropy
@@ -48,18 +46,16 @@ _NAMES = {
     "batch_norm.fusion": ("fuse_blocks", "unfuse_blocks"),
     "config": ("GKTConfig",),
     "deployment.calibration": ("recalibrate_batch_norm",),
+    "deployment.cascade": ("Cascade", "CascadeEvaluation", "CascadeResult"),
+    "deployment.cascade_fit": ("fit_cascade",),
+    "deployment.elastic": ("ElasticNetwork", "load_elastic", "make_elastic"),
     "deployment.evaluation": ("Evaluation", "evaluate"),
     "deployment.export": ("ExportError", "export_onnx"),
     "deployment.extraction": ("active_subnet", "extract_subnet"),
-    "deployment.subnet_table": (
-        "SubnetResult",
-        "best_subnet",
-        "choose_subnets",
-        "evaluate_subnets",
-        "pareto_front",
-        "plot_subnets",
-        "write_subnets_csv",
-    ),
+    "deployment.latency": ("Latency",),
+    "deployment.subnet_choice": ("choose_subnets",),
+    "deployment.subnet_report": ("plot_subnets", "write_subnets_csv"),
+    "deployment.subnet_table": ("SubnetResult", "best_subnet", "evaluate_subnets", "pareto_front"),
     "deployment.survival": ("survival_scaling",),
     "gkt": ("GKT", "GKTOutput"),
     "losses": ("GroupKnowledgeLoss", "NormalizedCrossEntropy"),
@@ -95,14 +91,19 @@ __all__ = [
     "GKT",
     "METHODS",
     "Callback",
+    "Cascade",
+    "CascadeEvaluation",
+    "CascadeResult",
     "CheckpointError",
     "DataLoadingError",
+    "ElasticNetwork",
     "Evaluation",
     "ExportError",
     "GKTConfig",
     "GKTOutput",
     "GKTTrainer",
     "GroupKnowledgeLoss",
+    "Latency",
     "LinearWarmup",
     "NonFiniteLossError",
     "NormalizedCrossEntropy",
@@ -120,9 +121,12 @@ __all__ = [
     "evaluate_subnets",
     "export_onnx",
     "extract_subnet",
+    "fit_cascade",
     "fuse_blocks",
     "ghost_batch_norm",
     "group_knowledge_loss",
+    "load_elastic",
+    "make_elastic",
     "method_config",
     "pareto_front",
     "plot_subnets",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-__all__ = ["Data", "digits", "load_data"]
+__all__ = ["Data", "digits", "load_data", "load_image"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def digits(train_images: int = 200) -> Data:
         raise ValueError(
             f"train_images is {train_images}; it must be between 10 and {len(bunch.target) - 10}"
         )
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1).sub_(4.88).div_(6.02)
+    images = _normalized_digits(torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1))
     targets = torch.tensor(bunch.target, dtype=torch.int64)
     train, test = train_test_split(
         range(len(targets)), train_size=train_images, stratify=bunch.target, random_state=0
@@ -115,6 +116,66 @@ class Augmentation:
         return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *colours, *normalize, *erase])
 
 
+def load_image(path: str | Path, kind: str, image_size: int) -> Tensor:
+    """One image file as a network that was trained on such data takes it: (1, C, H, W) float32.
+
+    Args:
+        path: an image that Pillow can read. Of a digit: light on dark, as those of the data set.
+        kind: "digits", "imagefolder" or "cifar10", the first part of the name given to `load_data`.
+        image_size: as given to `load_data`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no image, or damaged, or there is no such kind.
+    """
+    from torchvision.transforms import functional
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image at {path}")
+    image = _load_image(str(path))
+    if kind == "digits":
+        pixels = functional.to_tensor(functional.resize(image.convert("L"), [8, 8], antialias=True))
+        return _normalized_digits(16 * pixels)[None]
+    if kind not in ("imagefolder", "cifar10"):
+        raise ValueError(f"kind is {kind!r}; it must be digits, imagefolder or cifar10")
+    from torchvision import transforms
+
+    if kind == "cifar10":
+        resize, normalize = [transforms.Resize((32, 32))], _cifar10_normalization()
+    else:
+        resize, normalize = _resize(image_size), _normalization()
+    return transforms.Compose([*resize, *normalize])(image)[None]
+
+
+def _normalized_digits(pixels: Tensor) -> Tensor:
+    """Pixels of 0 to 16."""
+    return (pixels - 4.88) / 6.02
+
+
+def _normalization() -> list[Any]:
+    from torchvision import transforms
+
+    return [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+
+
+def _cifar10_normalization() -> list[Any]:
+    from torchvision import transforms
+
+    return [
+        transforms.ToTensor(),
+        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ]
+
+
+def _resize(image_size: int) -> list[Any]:
+    """How test images of a folder come to their size."""
+    from torchvision import transforms
+
+    if image_size <= 64:
+        return [transforms.Resize((image_size, image_size))]
+    return [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
+
+
 def _image_folder(path: Path, image_size: int, augmentation: Augmentation) -> Data:
     from torchvision import datasets, transforms
 
@@ -123,17 +184,15 @@ def _image_folder(path: Path, image_size: int, augmentation: Augmentation) -> Da
         raise ValueError(
             f"{path} must hold a folder train, and a folder val or test, with one folder per class each"
         )
-    normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    normalize, resize = _normalization(), _resize(image_size)
     train_size = augmentation.train_crop or image_size
     if image_size <= 64:
         crop = [
             transforms.Resize((train_size, train_size)),
             transforms.RandomCrop(train_size, padding=train_size // 8),
         ]
-        resize = [transforms.Resize((image_size, image_size))]
     else:
         crop = [transforms.RandomResizedCrop(train_size)]
-        resize = [transforms.Resize(round(image_size / 0.875)), transforms.CenterCrop(image_size)]
     train_transform = augmentation.compose(crop, normalize)
     train_set = datasets.ImageFolder(path / "train", train_transform, loader=_load_image)
     test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]), loader=_load_image)
@@ -163,10 +222,7 @@ def _load_image(path: str) -> Any:
 def _cifar10(path: Path, augmentation: Augmentation) -> Data:
     from torchvision import datasets, transforms
 
-    normalize = [
-        transforms.ToTensor(),
-        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    ]
+    normalize = _cifar10_normalization()
     crop = [transforms.RandomCrop(augmentation.train_crop or 32, padding=4)]
     try:
         train = datasets.CIFAR10(path, train=True, transform=augmentation.compose(crop, normalize))

@@ -21,6 +21,8 @@ COMMANDS = {
     "train": ("train", "train a network, or go on with its training"),
     "plot": ("plot", "draw the curves of training runs"),
     "subnets": ("subnets", "evaluate the subnets of a trained network, and export the best"),
+    "elastic": ("elastic", "make one network of a trained one that runs at several depths"),
+    "predict": ("predict", "classify images by an elastic network"),
 }
 """The module of each command, and what it does."""
 

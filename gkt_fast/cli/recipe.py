@@ -20,6 +20,7 @@ from ..losses import NormalizedCrossEntropy
 from ..methods import method_config
 from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
 from .config_flags import CONFIG_FIELDS
+from .initial_weights import parameter_groups
 from .parser import did_you_mean
 from .requirements import require
 
@@ -106,10 +107,11 @@ def build_model(name: str, data: Data) -> nn.Module:
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the network's parameters, which are moved to the device first."""
     model.to(args.device)
+    parameters = parameter_groups(args, model)
     if args.opt == "adamw":
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
     return torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
+        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_device, parse_integer, parse_min_depth, parse_number
-from .run_flags import add_run_arguments
+from .arguments import parse_integer, parse_number
+from .run_flags import add_trained_run
 
 __all__ = ["add_arguments"]
 
@@ -22,32 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.usage = f"{parser.prog} CHECKPOINT [flags]"
     parser.set_defaults(run=print_subnets)
+    add_trained_run(parser)
     add = parser.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="written by train; of a folder its best.pt, or else last.pt",
-    )
-    add_run_arguments(
-        parser.add_argument_group(
-            "Flags of train; a flag that is not given is as in args.yaml beside the checkpoint"
-        )
-    )
-    add("--ema", action="store_true", help="take the averaged weights (train --ema-decay)")
-    add_device(parser)
-    add("--min-depth", type=parse_min_depth, help="smallest depth of a stage, or D-D-D; default: as trained")
     add(
         "--max-subnets",
         type=parse_integer(1),
         default=64,
         help="how many to evaluate (gkt_fast.choose_subnets)",
-    )
-    add(
-        "--calibration-samples",
-        type=parse_integer(1),
-        default=2000,
-        help="training images that give each subnet its BatchNorm statistics",
     )
     add("--output", type=Path, help="folder for subnets.csv and subnets.png; default: the checkpoint's")
     add(
@@ -55,6 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_number(0),
         help="of the best subnet: most FLOPs of one sample; default: no limit",
     )
+    add(
+        "--budget-ms",
+        type=parse_number(0),
+        help="of the best subnet: most milliseconds for one sample in torch, with --latency; default: no limit",
+    )
+    add(
+        "--latency",
+        action="store_true",
+        help="time each subnet on the device, in torch and in onnxruntime, at batch 1 and --latency-batch",
+    )
+    add("--latency-batch", type=parse_integer(1), default=64, help="the other batch size of --latency")
     add(
         "--min-accuracy",
         type=parse_number(0),

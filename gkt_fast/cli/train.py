@@ -105,6 +105,20 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", default="cifar_resnet20", help="cifar_resnetN, a torchvision classifier, or timm:NAME")
+    add(
+        "--initial-checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="start from these weights: a checkpoint of train, or a state_dict, also as .safetensors; a head for "
+        "other classes starts anew; default: random weights",
+    )
+    add("--pretrained", **SWITCH, help="start from timm's weights (--model timm:NAME)")
+    add(
+        "--trunk-lr-factor",
+        type=parse_number(0),
+        default=1.0,
+        help="times --lr is the learning rate of all but the head, which is what comes after the last block",
+    )
     add("--epochs", type=parse_integer(0), default=20, help="epochs in all, those of a resumed run included")
     add("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer; sgd has Nesterov's momentum")
     add("--lr", type=parse_number(0), default=0.05, help="learning rate after the warm-up")

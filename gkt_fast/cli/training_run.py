@@ -12,6 +12,7 @@ from ..training.schedules import LinearWarmup
 from ..training.trainer import GKTTrainer
 from ..training.validation import named_subnet
 from .arguments import chosen_device
+from .initial_weights import load_initial_weights
 from .recipe import (
     build_config,
     build_criterion,
@@ -51,7 +52,11 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
         augment=args.augment,
         random_erasing=args.random_erasing,
     )
-    model = synchronized(args, build_model(args.model, data))
+    model = build_model(args.model, data)
+    anew = load_initial_weights(args, data, model)
+    if anew:
+        _print(f"Start anew, for other classes: {', '.join(anew)}")
+    model = synchronized(args, model)
     optimizer = build_optimizer(args, model)
     train_loader, val_loader, calibration_loader = build_loaders(args, data)
     steps_per_epoch = -(-len(train_loader) // args.accumulate)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..network.batch import inputs_of
 from ..network.discovery import Stages
 from ..network.inputs import call_model, first_rows, map_tensors, model_inputs, rows_in
-from ..network.look import kept_modes
+from ..network.look import kept_modes, uncompiled
 from ..subnets.subnet import Subnet
 from .extraction import active_subnet
+from .running_buffers import running_buffers
 
-__all__ = ["batch_norm_state", "recalibrate_batch_norm"]
+__all__ = ["batch_norm_state", "calibrate_together", "recalibrate_batch_norm"]
 
 
-@torch.no_grad()
 def recalibrate_batch_norm(
     model: nn.Module,
     loader: Iterable[Any],
@@ -48,29 +50,61 @@ def recalibrate_batch_norm(
     Raises:
         ValueError: the loader gave no sample, or num_samples is not positive.
     """
+    with nullcontext() if depths is None else active_subnet(model, depths, stages):
+        return calibrate_together([model], loader, num_samples)
+
+
+@torch.no_grad()
+def calibrate_together(networks: Sequence[nn.Module], loader: Iterable[Any], num_samples: int = 2000) -> int:
+    """`recalibrate_batch_norm` of several networks on the same batches.
+
+    A layer that several networks have in common sees the same activations in all of them, so it counts those of the
+    first one alone.
+
+    Args:
+        networks: changed in place; their training flags are left as they were.
+        loader: as of `recalibrate_batch_norm`.
+        num_samples: as of `recalibrate_batch_norm`.
+
+    Returns:
+        The number of samples used.
+
+    Raises:
+        ValueError: the loader gave no sample, or num_samples is not positive.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    momenta = [layer.momentum for layer in layers]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    seen = 0
-    with kept_modes(model):
-        model.eval()
+    norms = [[module for module in network.modules() if running_buffers(module)] for network in networks]
+    before = {layer: (layer.momentum, layer.track_running_stats) for layer in itertools.chain(*norms)}
+    device = next((p.device for network in networks for p in network.parameters()), torch.device("cpu"))
+    seen = batches = 0
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(kept_modes(network))
+            stack.enter_context(uncompiled(network))
+            network.eval()
         try:
-            for layer in layers:
+            for layer in before:
                 layer.reset_running_stats()
-                layer.momentum = None
                 layer.train()
-            with nullcontext() if depths is None else active_subnet(model, depths, stages):
-                for batch in loader:
-                    inputs = first_rows(model_inputs(model, inputs_of(batch)), num_samples - seen)
-                    call_model(model, map_tensors(lambda tensor: tensor.to(device), inputs))
-                    seen += rows_in(inputs) or 0
-                    if seen >= num_samples:
-                        break
+            for batch in loader:
+                inputs = first_rows(inputs_of(batch), num_samples - seen)
+                inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
+                counted: set[nn.Module] = set()
+                for network, layers in zip(networks, norms, strict=True):
+                    for layer in layers:
+                        # None is the average over calls, which an InstanceNorm doesn't know.
+                        layer.momentum = 1 / (batches + 1) if isinstance(layer, _InstanceNorm) else None
+                        layer.track_running_stats = before[layer][1] and layer not in counted
+                    call_model(network, model_inputs(network, inputs))
+                    counted.update(layers)
+                seen += rows_in(inputs) or 0
+                batches += 1
+                if seen >= num_samples:
+                    break
         finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
+            for layer, (momentum, tracked) in before.items():
+                layer.momentum, layer.track_running_stats = momentum, tracked
     if seen == 0:
         raise ValueError("loader gave no sample")
     return seen

@@ -19,6 +19,7 @@ from ..network.inputs import call_model, map_tensors, model_inputs
 from ..network.look import kept_modes
 from ..subnets.subnet import Subnet
 from .calibration import batch_norm_state, recalibrate_batch_norm
+from .elastic import ElasticNetwork
 from .extraction import active_subnet
 
 __all__ = ["Evaluation", "evaluate"]
@@ -62,7 +63,7 @@ def evaluate(
     every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
 
     Args:
-        model: the network.
+        model: the network; an `ElasticNetwork` runs at the depths, with its own statistics.
         loader: (inputs, class indices) batches, or mappings with "labels" (see `gkt_fast.network.batch`); class
             indices (B,), or (B, *spatial) of dense predictions. With a criterion also labels (B, C) floating point
             between 0 and 1 in place of class indices.
@@ -79,6 +80,10 @@ def evaluate(
         ValueError: the loader gave no row, or the depths or the targets' shape don't fit.
         TypeError: a batch has another form, or targets are no class indices and there is no criterion.
     """
+    if isinstance(model, ElasticNetwork):
+        if calibration_loader is not None or stages is not None:
+            raise ValueError("calibration_loader and stages are the elastic network's own; leave them out")
+        model, depths = model.at(depths), None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     statistics = batch_norm_state(model) if calibration_loader is not None else {}
     correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)

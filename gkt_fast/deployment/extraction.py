@@ -105,11 +105,16 @@ def drop_blocks(model: nn.Module, paths: Iterable[str]) -> None:
         names.setdefault(parent, []).append(name)
     for path, dropped in names.items():
         parent = model.get_submodule(path)
-        if isinstance(parent, (nn.Sequential, nn.ModuleList)):
+        if closes_gaps(parent):
             _remove(parent, dropped)
         else:
             for name in dropped:
                 setattr(parent, name, _hands_on(getattr(parent, name)))
+
+
+def closes_gaps(parent: nn.Module) -> bool:
+    """Whether blocks that are dropped from this module leave nothing in their place."""
+    return isinstance(parent, (nn.Sequential, nn.ModuleList))
 
 
 def _remove(container: nn.Module, names: Sequence[str]) -> None:
@@ -168,12 +173,16 @@ def _allowed(expected: Tensor) -> float:
     return 1000 * precision * max(1.0, expected.abs().nan_to_num(0, 0, 0).max().item())
 
 
-def shorten_configurations(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> None:
+def shorten_configurations(
+    model: nn.Module, stages: Sequence[Stage], subnet: Subnet, keep_of: nn.Module | None = None
+) -> None:
     """Where configurations of a Hugging Face model count the blocks, counts those of the subnet.
 
     A configuration counts the stages within the modules that hold it; those of a composite model hold further ones.
+    Configurations that `keep_of` holds too are left as they are.
     """
-    done: set[int] = set()
+    kept = keep_of.modules() if keep_of is not None else ()
+    done = {id(module.config) for module in kept if hasattr(module, "config")}
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         if not hasattr(config, "to_dict") or id(config) in done:

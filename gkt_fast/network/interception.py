@@ -18,7 +18,7 @@ from torch import nn
 
 from ..subnets.subnet import Stage
 
-__all__ = ["Call", "Site", "find_layers", "find_sites", "intercept"]
+__all__ = ["Call", "Site", "StandIn", "find_layers", "find_sites", "intercept"]
 
 Call = Callable[["Site", nn.Module, tuple, dict], Any]
 """Handles a call: (site, the real module, positional arguments, keyword arguments) -> result."""
@@ -106,7 +106,7 @@ def find_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[S
     return sites
 
 
-class _StandIn:
+class StandIn:
     """Takes a module's place in its parent's `_modules`; looks like the module to everything but a call."""
 
     __slots__ = ("__weakref__", "_call", "_module", "_site", "_thread")
@@ -127,7 +127,7 @@ class _StandIn:
         return self._call(self._site, self._module, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _StandIn.__slots__:  # of one that is being made or copied: not to be asked of itself
+        if name in StandIn.__slots__:  # of one that is being made or copied: not to be asked of itself
             raise AttributeError(name)
         return getattr(self._module, name)
 
@@ -155,7 +155,7 @@ def intercept(model: nn.Module, sites: Iterable[Site], call: Call) -> Iterator[N
                 parents[site.parent] = model.get_submodule(site.parent)
             modules = parents[site.parent]._modules
             module = modules[site.name]
-            modules[site.name] = _StandIn(site, module, call)
+            modules[site.name] = StandIn(site, module, call)
             replaced.append((modules, site.name, module))
         yield
     finally:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kept_modes", "look"]
+__all__ = ["kept_modes", "look", "uncompiled"]
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _kept_generators(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> Iterator[None]:
     """Inside, compiled modules run as they are written."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     for module in compiled:
@@ -86,5 +86,5 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-_KEEPERS = (kept_modes, _kept_buffers, _kept_generators, _uncompiled)
+_KEEPERS = (kept_modes, _kept_buffers, _kept_generators, uncompiled)
 """What a look puts back. To put back something more, add its context manager here."""

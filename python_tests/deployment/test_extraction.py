@@ -226,3 +226,13 @@ def test_stages_by_their_paths():
         extract_subnet(model, (1,), ["layer9"])
     with pytest.raises(ValueError, match="stages is 'layer1'; it must be a sequence"):
         extract_subnet(model, (1,), "layer1")
+
+
+def test_running_statistics_of_instance_norm_are_estimated_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True))
+    batches = [images(4, 8) + i for i in range(3)]
+    recalibrate_batch_norm(model, batches)
+    with torch.no_grad():
+        means = [model[0](batch).mean((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(0))
+    assert model[1].momentum == 0.1

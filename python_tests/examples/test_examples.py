@@ -153,3 +153,13 @@ def test_throughput_measures_only_the_modes_asked_for(tmp_path):
     flags = ["--model", "vit_like", "--batch-size", 1, "--repeats", 1, "--modes", "shared", "--threads", 1]
     run_script("bench/throughput.py", *flags, "--csv", tmp_path / "new" / "t.csv", folder=tmp_path)
     assert [row["mode"] for row in rows(tmp_path / "new" / "t.csv")] == ["plain", "shared"]
+
+
+def test_cascade(tmp_path):
+    flags = ["--epochs", 1, "--train-images", 50]
+    output = run_script("examples/cascade.py", *flags, folder=tmp_path)
+    single = re.findall(r"^depths (\d-\d-\d): ([\d.]+) %, ([\d.]+) MFLOPs$", output, re.MULTILINE)
+    assert [row[0] for row in single] == ["1-1-1", "2-2-2", "3-3-3"]
+    found = re.search(r"^cascade: ([\d.]+) %, ([\d.]+) MFLOPs on average; (.*)$", output, re.MULTILINE)
+    assert float(found.group(2)) > 0 and "% at 3-3-3" in found.group(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["elastic.pt"]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTERNAL = {
-    "torch", "numpy", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
+    "torch", "numpy", "safetensors", "yaml", "tqdm", "torchvision", "sklearn", "matplotlib", "triton", "timm", "onnx",
     "accelerate", "lightning", "onnxruntime", "tensorboard", "transformers", "wandb", "PIL",
 }  # fmt: skip
 

@@ -1,0 +1,108 @@
+"""The table of subnets as CSV and as a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .subnet_table import SubnetResult, pareto_front
+
+__all__ = ["plot_subnets", "write_subnets_csv"]
+
+
+def write_subnets_csv(results: Sequence[SubnetResult], path: str | Path) -> None:
+    """Writes the table; `pareto` is 1 for the results on the Pareto front, `mean_iou` empty where there is none.
+
+    Times, where they were measured, are columns such as torch_batch1_ms, and ..._lower and ..._upper for quartiles.
+    """
+    front = pareto_front(results)
+    timed = list(dict.fromkeys((entry.runtime, entry.batch_size) for r in results for entry in r.latencies))
+    names = [
+        f"{runtime}_batch{size}_ms{kind}" for runtime, size in timed for kind in ("", "_lower", "_upper")
+    ]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["depths", "parameters", "flops", "accuracy", "loss", "mean_iou", "pareto", *names])
+        for r in results:
+            iou = "" if r.mean_iou is None else r.mean_iou
+            of = {(entry.runtime, entry.batch_size): entry for entry in r.latencies}
+            times = [
+                value
+                for key in timed
+                for value in (
+                    (of[key].median_ms, of[key].lower_ms, of[key].upper_ms) if key in of else ("", "", "")
+                )
+            ]
+            row = [r.subnet, r.parameters, r.flops, r.accuracy, r.loss, iou, int(r in front), *times]
+            writer.writerow(row)
+
+
+def plot_subnets(
+    results: Sequence[SubnetResult],
+    path: str | Path,
+    title: str = "",
+    best: SubnetResult | None = None,
+    *,
+    runtime: str | None = None,
+    batch_size: int = 1,
+) -> None:
+    """Draws accuracy against cost: all results, a line through the Pareto front, the full network. Needs matplotlib.
+
+    Args:
+        results: of `evaluate_subnets`.
+        path: picture to write; its ending says the format.
+        title: above the picture.
+        best: the result that was chosen, to be marked.
+        runtime: cost is measured time in this runtime, "torch" or "onnxruntime"; None: FLOPs.
+        batch_size: of the time.
+
+    Raises:
+        ValueError: the times weren't measured.
+    """
+    from matplotlib.figure import Figure
+
+    cost: Callable[[SubnetResult], float]
+    if runtime is None:
+        label = "forward cost (MFLOPs per sample)"
+        cost = _megaflops
+    else:
+        label = f"time of a batch of {batch_size} in {runtime} (ms, median)"
+
+        def cost(result: SubnetResult) -> float:
+            return result.milliseconds(runtime, batch_size)
+
+    front = pareto_front(results, cost)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [cost(r) for r in results], [100 * r.accuracy for r in results], "o", alpha=0.5, label="subnets"
+    )
+    costs, accuracies = [cost(r) for r in front], [100 * r.accuracy for r in front]
+    axes.step(costs, accuracies, where="post", marker="o", color="tab:orange", label="Pareto front")
+    for result, x, accuracy in zip(front, costs, accuracies, strict=True):
+        axes.annotate(
+            str(result.subnet), (x, accuracy), xytext=(4, -10), textcoords="offset points", fontsize=7
+        )
+    marked = [("full network", "s", r) for r in results if r.subnet.is_full]
+    marked += [] if best is None else [("chosen", "*", best)]
+    for name, marker, r in marked:
+        axes.plot(
+            cost(r),
+            100 * r.accuracy,
+            marker,
+            markersize=13,
+            markerfacecolor="none",
+            color="black",
+            label=f"{name} ({r.subnet})",
+        )
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _megaflops(result: SubnetResult) -> float:
+    return result.flops / 1e6
