@@ -116,14 +116,14 @@ def logits_of(output: Any) -> Tensor:
         for key in ("logits", "out"):
             if isinstance(output.get(key), Tensor):
                 return output[key]
-    kind = type(output).__name__
+    holds = ""
     if isinstance(output, (tuple, list)):
-        kind += f" of ({', '.join(type(value).__name__ for value in output)})"
+        holds = f". It holds {', '.join(type(value).__name__ for value in output) or 'nothing'}"
     elif isinstance(output, Mapping):
-        kind += f" with the keys {', '.join(map(repr, output))}"
+        holds = f". It has the keys {', '.join(map(repr, output)) or 'none'}"
     raise TypeError(
-        f"model returned {kind}; it must return a tensor of logits, an object with .logits, "
-        "or a dict with 'logits' or 'out'"
+        f"model returned {type(output).__name__}; it must return a tensor of logits, an object with .logits, "
+        f"or a dict with 'logits' or 'out'{holds}"
     )
 
 
