@@ -48,14 +48,14 @@ class TileRows {
   static int64_t vectors(int64_t classes) { return kRowsInLanes ? classes : (classes + W - 1) / W; }
 
  protected:
-  // A gradient beyond the caches is written past them.
+  // A float gradient beyond the caches is written past them; other dtypes gain nothing by it.
   static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 
   TileRows(const Params& p, const GroupKnowledgeLossPlan& plan)
       : p_(p),
         n_(vectors(p.classes)),
         tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
-        large_(plan.gradient_bytes >= kStreamingBytes &&
+        large_(std::is_same_v<T, float> && plan.gradient_bytes >= kStreamingBytes &&
                (kRowsInLanes ? p.gradient_row_strides[p.row_dims - 1] == 1 &&
                                    p.gradient_class_stride % W == 0
                              : p.gradient_class_stride == 1)) {}

@@ -113,6 +113,12 @@ GKT_INLINE V where(V v, uint32_t bits) {
   if constexpr (std::is_same_v<V, Vec<float>>)
     return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
 #endif
+  if constexpr (sizeof(V) >
+                kVectorBytes) {  // lane by lane is faster than what compilers make of it
+    for (int lane = 0; lane < kLanesOf<V>; ++lane)
+      if (!(bits >> lane & 1)) v[lane] = 0;
+    return v;
+  }
   const Ints<V> lane_bit = (Ints<V>{} + 1) << lane_indices<V>();
   const Ints<V> set = (Ints<V>{} + static_cast<int>(bits)) & lane_bit;
   return set == lane_bit ? v : V{};

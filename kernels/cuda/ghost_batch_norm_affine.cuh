@@ -12,7 +12,9 @@ namespace {
 template <int N>
 constexpr int kForwardAhead = N == 8 ? 4 : 2;
 template <int N>
-constexpr int kBackwardAhead = N == 8 ? 4 : 2;
+constexpr int kBackwardAhead = N == 8   ? 4
+                               : N == 4 ? 3
+                                        : 2;
 
 // Blocks that a multiprocessor must be able to hold; 0: nvcc decides.
 template <int N>

@@ -71,6 +71,35 @@ def _logits_tile(pointers, classes, class_stride, mask, INNERMOST: tl.constexpr,
 
 
 @triton.jit
+def _tile(start, row_mask, class_count, INNERMOST: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The classes from `start` on, and which of (BLOCK_R, BLOCK_C) exist."""
+    classes = start + tl.arange(0, BLOCK_C)
+    return classes, _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
+
+
+@triton.jit
+def _normalized(x, maximum, slope, top):
+    """n(x) (BLOCK_R, BLOCK_C): `top` is that of the maximum."""
+    return (x - maximum[:, None]) * slope[:, None] + top[:, None]
+
+
+@triton.jit
+def _targets_tile(
+    pointers,
+    classes,
+    class_stride,
+    mask,
+    label_smoothing,
+    uniform,
+    INNERMOST: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Smoothed probabilities (BLOCK_R, BLOCK_C)."""
+    tile = _tile_pointers(pointers, classes, class_stride, INNERMOST, STEP)
+    return tl.load(tile, mask=mask, other=0.0) * (1 - label_smoothing) + uniform
+
+
+@triton.jit
 def _knowledge_tile(
     logits_ptr, statistics_ptr, row_offsets, rows, row_mask, classes, mask, group, visits,
     groups, plane, row_count, stream_stride, class_stride, ema, normalize,
@@ -94,9 +123,26 @@ def _knowledge_tile(
                 maximum = tl.load(at, mask=row_mask, other=0.0)
                 slope = tl.load(at + 3 * plane, mask=row_mask, other=0.0)
                 top = tl.load(at + 4 * plane, mask=row_mask, other=0.0)
-                x = (x - maximum[:, None]) * slope[:, None] + top[:, None]
+                x = _normalized(x, maximum, slope, top)
             knowledge += weight * x
     return knowledge
+
+
+@triton.jit
+def _teacher_tile(
+    pointers, logits_ptr, statistics_ptr, row_offsets, rows, row_mask, classes, mask, group, visits,
+    groups, plane, row_count, stream_stride, class_stride, ema, normalize, ONE_LOOP: tl.constexpr,
+    INNERMOST: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What the stream at `pointers` learns from: the one before with one loop, else the group's knowledge."""
+    if ONE_LOOP:
+        tile = _logits_tile(pointers - stream_stride, classes, class_stride, mask, INNERMOST, STEP)
+    else:
+        tile = _knowledge_tile(
+            logits_ptr, statistics_ptr, row_offsets, rows, row_mask, classes, mask, group, visits, groups, plane,
+            row_count, stream_stride, class_stride, ema, normalize, INNERMOST, STEP, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+    return tile
 
 
 @triton.jit
@@ -118,6 +164,51 @@ def _compare(x, k, maximum, scale, total, teacher_maximum, teacher_scale, teache
     change = tl.where(near, series + p * d, apart)
     summand = tl.where(near, series, apart - tl.where(p == 0, 0.0, p * d))  # 0 log 0 = 0
     return change, summand
+
+
+@triton.jit
+def _measure(
+    pointers, row_mask, class_count, class_stride, normalize, eps,
+    INNERMOST: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Of each row the maximum, the sum of exp(x - maximum), the maximum above the mean, and the slope of n(x)."""
+    shift = tl.load(pointers, mask=row_mask, other=0.0).to(tl.float32)  # keeps the mean of equal logits exact
+    maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    raw_sum = tl.zeros((BLOCK_R,), tl.float32)
+    mean = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, class_count, BLOCK_C):
+        classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
+        x = _logits_tile(pointers, classes, class_stride, mask, INNERMOST, STEP)
+        larger = tl.maximum(maximum, tl.max(x, axis=1))
+        base = tl.where(larger == -float("inf"), 0.0, larger)
+        raw_sum = raw_sum * tl.exp(maximum - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+        maximum = larger
+        mean += tl.sum(tl.where(mask, x - shift[:, None], 0.0), axis=1)
+    mean = mean / class_count
+    slope = tl.full((BLOCK_R,), 1.0, tl.float32)
+    if normalize:
+        squares = tl.zeros((BLOCK_R,), tl.float32)
+        for start in range(0, class_count, BLOCK_C):
+            classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
+            x = _logits_tile(pointers, classes, class_stride, mask, INNERMOST, STEP)
+            deviation = tl.where(mask, x - shift[:, None] - mean[:, None], 0.0)
+            squares += tl.sum(deviation * deviation, axis=1)
+        slope = 1.0 / tl.sqrt(squares / class_count + eps)
+    return maximum, raw_sum, maximum - shift - mean, slope
+
+
+@triton.jit
+def _sum_softened(
+    pointers, row_mask, class_count, class_stride, maximum, scale,
+    INNERMOST: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum of exp((n(x) - n(maximum)) / T) of each row."""
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, class_count, BLOCK_C):
+        classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
+        x = _logits_tile(pointers, classes, class_stride, mask, INNERMOST, STEP)
+        total += tl.sum(tl.where(mask, tl.exp((x - maximum[:, None]) * scale[:, None]), 0.0), axis=1)
+    return total
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -159,44 +250,14 @@ def group_knowledge_loss_kernel(
     for index in range(streams):
         stream = zero + index
         pointers = logits_ptr + stream * logits_stream_stride + logits_rows
-        shift = tl.load(pointers, mask=row_mask, other=0.0).to(
-            tl.float32
-        )  # keeps the mean of equal logits exact
-
-        # 1. Maximum, sum of exp(x - maximum), mean of x - shift.
-        maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-        raw_sum = tl.zeros((BLOCK_R,), tl.float32)
-        mean = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(0, class_count, BLOCK_C):
-            classes = start + tl.arange(0, BLOCK_C)
-            mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
-            x = _logits_tile(pointers, classes, logits_class_stride, mask, INNERMOST, STEP)
-            larger = tl.maximum(maximum, tl.max(x, axis=1))
-            base = tl.where(larger == -float("inf"), 0.0, larger)
-            raw_sum = raw_sum * tl.exp(maximum - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
-            maximum = larger
-            mean += tl.sum(tl.where(mask, x - shift[:, None], 0.0), axis=1)
-        mean = mean / class_count
-        slope = tl.full((BLOCK_R,), 1.0, tl.float32)
-        if normalize:
-            squares = tl.zeros((BLOCK_R,), tl.float32)
-            for start in range(0, class_count, BLOCK_C):
-                classes = start + tl.arange(0, BLOCK_C)
-                mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
-                x = _logits_tile(pointers, classes, logits_class_stride, mask, INNERMOST, STEP)
-                deviation = tl.where(mask, x - shift[:, None] - mean[:, None], 0.0)
-                squares += tl.sum(deviation * deviation, axis=1)
-            slope = 1.0 / tl.sqrt(squares / class_count + eps)
-        top = (maximum - shift - mean) * slope  # the normalised maximum
+        maximum, raw_sum, above_mean, slope = _measure(
+            pointers, row_mask, class_count, logits_class_stride, normalize, eps, INNERMOST, STEP, BLOCK_R, BLOCK_C
+        )  # fmt: skip
+        top = above_mean * slope  # the normalised maximum
         scale = slope / temperature
-
-        # 2. Sum of exp((n(x) - n(maximum)) / T).
-        total = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(0, class_count, BLOCK_C):
-            classes = start + tl.arange(0, BLOCK_C)
-            mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
-            x = _logits_tile(pointers, classes, logits_class_stride, mask, INNERMOST, STEP)
-            total += tl.sum(tl.where(mask, tl.exp((x - maximum[:, None]) * scale[:, None]), 0.0), axis=1)
+        total = _sum_softened(
+            pointers, row_mask, class_count, logits_class_stride, maximum, scale, INNERMOST, STEP, BLOCK_R, BLOCK_C
+        )  # fmt: skip
         at = statistics_ptr + stream * row_count + rows
         tl.store(at, maximum, mask=row_mask)
         tl.store(at + plane, total, mask=row_mask)
@@ -205,7 +266,7 @@ def group_knowledge_loss_kernel(
         tl.store(at + 4 * plane, top, mask=row_mask)
         tl.debug_barrier()
 
-        # 3. The teacher's maximum, scale and sum.
+        # The teacher's maximum, scale and sum.
         group = (stream - 1) % tl.maximum(groups, 1) + 1
         visits = tl.where(group == 1, 1, (stream - 1) // tl.maximum(groups, 1) + 1)
         teacher_maximum = maximum
@@ -222,8 +283,7 @@ def group_knowledge_loss_kernel(
                 teacher_maximum = tl.full((BLOCK_R,), -float("inf"), tl.float32)
                 teacher_total = tl.zeros((BLOCK_R,), tl.float32)
                 for start in range(0, class_count, BLOCK_C):
-                    classes = start + tl.arange(0, BLOCK_C)
-                    mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
+                    classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
                     k = _knowledge_tile(
                         logits_ptr, statistics_ptr, logits_rows, rows, row_mask, classes, mask, group - 1, visits,
                         groups, plane, row_count, logits_stream_stride, logits_class_stride, ema, normalize,
@@ -238,7 +298,7 @@ def group_knowledge_loss_kernel(
                     )
                     teacher_maximum = larger
 
-        # 4. The divergence, and with normalised logits the mean of n(x) * (q - p).
+        # The divergence, and with normalised logits the mean of n(x) * (q - p).
         log_ratio = tl.log(total) - tl.log(teacher_total)
         divergence = tl.zeros((BLOCK_R,), tl.float32)
         dot = tl.zeros((BLOCK_R,), tl.float32)
@@ -248,42 +308,27 @@ def group_knowledge_loss_kernel(
         distilled = (stream > 0) & (kd_weight != 0)
         log_raw_sum = tl.log(raw_sum)
         for start in range(0, class_count, BLOCK_C):
-            classes = start + tl.arange(0, BLOCK_C)
-            mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
+            classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
             x = _logits_tile(pointers, classes, logits_class_stride, mask, INNERMOST, STEP)
             if stream > 0:
-                if ONE_LOOP:
-                    k = _logits_tile(
-                        pointers - logits_stream_stride, classes, logits_class_stride, mask, INNERMOST, STEP
-                    )
-                else:
-                    k = _knowledge_tile(
-                        logits_ptr, statistics_ptr, logits_rows, rows, row_mask, classes, mask, group - 1, visits,
-                        groups, plane, row_count, logits_stream_stride, logits_class_stride, ema, normalize,
-                        INNERMOST, STEP, BLOCK_R, BLOCK_C,
-                    )  # fmt: skip
+                k = _teacher_tile(
+                    pointers, logits_ptr, statistics_ptr, logits_rows, rows, row_mask, classes, mask, group - 1, visits,
+                    groups, plane, row_count, logits_stream_stride, logits_class_stride, ema, normalize, ONE_LOOP,
+                    INNERMOST, STEP, BLOCK_R, BLOCK_C,
+                )  # fmt: skip
                 change, summand = _compare(
-                    x,
-                    k,
-                    maximum,
-                    scale,
-                    total,
-                    teacher_maximum,
-                    teacher_scale,
-                    teacher_total,
-                    log_ratio,
-                )
+                    x, k, maximum, scale, total, teacher_maximum, teacher_scale, teacher_total, log_ratio
+                )  # fmt: skip
                 divergence += tl.sum(tl.where(mask, summand, 0.0), axis=1)
                 if normalize:
-                    n = (x - maximum[:, None]) * slope[:, None] + top[:, None]
+                    n = _normalized(x, maximum, slope, top)
                     dot += tl.sum(tl.where(mask, change * n, 0.0), axis=1)
             if (stream == 0) | (weight != 0):  # noqa: SIM102 (the inner condition is a constant)
                 if PROBABILITIES:
-                    tile = _tile_pointers(
-                        targets_ptr + targets_rows, classes, targets_class_stride, INNERMOST, STEP
-                    )
-                    t = tl.load(tile, mask=mask, other=0.0)
-                    t = t * (1 - label_smoothing) + uniform
+                    t = _targets_tile(
+                        targets_ptr + targets_rows, classes, targets_class_stride, mask, label_smoothing, uniform,
+                        INNERMOST, STEP,
+                    )  # fmt: skip
                     nll = (maximum[:, None] - x) + log_raw_sum[:, None]
                     cross_entropy += tl.sum(tl.where(mask, t * nll, 0.0), axis=1)
                     target_total += tl.sum(tl.where(mask, t, 0.0), axis=1)
@@ -293,7 +338,7 @@ def group_knowledge_loss_kernel(
             chosen = tl.load(pointers + label_offsets, mask=row_mask, other=0.0).to(tl.float32)
             cross_entropy = (maximum - chosen) + log_raw_sum
             if label_smoothing != 0:
-                mean_nll = (maximum - shift - mean) + log_raw_sum
+                mean_nll = above_mean + log_raw_sum
                 cross_entropy = cross_entropy * (1 - label_smoothing) + mean_nll * label_smoothing
         cross_entropy = tl.where(ce_counted, cross_entropy, 0.0)
         divergence = tl.where(kd_counted, divergence * temperature * temperature, 0.0)
@@ -305,7 +350,7 @@ def group_knowledge_loss_kernel(
             if weight != 0:
                 subnet_ce += cross_entropy
 
-        # 5. The gradient.
+        # The gradient.
         if with_gradient:
             to = gradient_ptr + stream * gradient_stream_stride + gradient_rows
             ce_factor = tl.where(ce_counted, weight * inverse_ce_rows * gradient_scale, 0.0)
@@ -314,42 +359,30 @@ def group_knowledge_loss_kernel(
             softmax_factor = ce_factor * target_total / raw_sum
             centre = dot / class_count
             for start in range(0, class_count, BLOCK_C):
-                classes = start + tl.arange(0, BLOCK_C)
-                mask = _tile_mask(row_mask, classes < class_count, INNERMOST, STEP)
+                classes, mask = _tile(start, row_mask, class_count, INNERMOST, STEP, BLOCK_C)
                 x = _logits_tile(pointers, classes, logits_class_stride, mask, INNERMOST, STEP)
                 g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
                 if distilled:
-                    if ONE_LOOP:
-                        k = _logits_tile(
-                            pointers - logits_stream_stride,
-                            classes,
-                            logits_class_stride,
-                            mask,
-                            INNERMOST,
-                            STEP,
-                        )
-                    else:
-                        k = _knowledge_tile(
-                            logits_ptr, statistics_ptr, logits_rows, rows, row_mask, classes, mask, group - 1, visits,
-                            groups, plane, row_count, logits_stream_stride, logits_class_stride, ema, normalize,
-                            INNERMOST, STEP, BLOCK_R, BLOCK_C,
-                        )  # fmt: skip
+                    k = _teacher_tile(
+                        pointers, logits_ptr, statistics_ptr, logits_rows, rows, row_mask, classes, mask, group - 1,
+                        visits, groups, plane, row_count, logits_stream_stride, logits_class_stride, ema, normalize,
+                        ONE_LOOP, INNERMOST, STEP, BLOCK_R, BLOCK_C,
+                    )  # fmt: skip
                     change, _ = _compare(
-                        x, k, maximum, scale, total, teacher_maximum, teacher_scale, teacher_total,
-                    log_ratio,
+                        x, k, maximum, scale, total, teacher_maximum, teacher_scale, teacher_total, log_ratio
                     )  # fmt: skip
                     if normalize:
-                        n = (x - maximum[:, None]) * slope[:, None] + top[:, None]
+                        n = _normalized(x, maximum, slope, top)
                         change -= n * centre[:, None]
                     g += change * kd_factor[:, None]
                 if weight != 0:
                     g += tl.exp(x - maximum[:, None]) * softmax_factor[:, None]
                     if PROBABILITIES:
-                        tile = _tile_pointers(
-                            targets_ptr + targets_rows, classes, targets_class_stride, INNERMOST, STEP
-                        )
-                        t = tl.load(tile, mask=mask, other=0.0)
-                        g -= (t * (1 - label_smoothing) + uniform) * ce_factor[:, None]
+                        t = _targets_tile(
+                            targets_ptr + targets_rows, classes, targets_class_stride, mask, label_smoothing, uniform,
+                            INNERMOST, STEP,
+                        )  # fmt: skip
+                        g -= t * ce_factor[:, None]
                     else:
                         one_hot = tl.where(classes[None, :] == labels[:, None], 1 - label_smoothing, 0.0)
                         g -= (one_hot + uniform) * ce_factor[:, None]

@@ -106,6 +106,29 @@ def test_inner_loop(rows):
     assert rows["copy_kernel"]["loop_instructions"] == rows["copy_kernel"]["instructions"]
 
 
+def test_bytes_in_flight(rows):
+    """Threads times blocks times what a thread has loaded before it uses any of it."""
+    copy, total = rows["copy_kernel"], rows["sum_kernel<3>"]
+    assert copy["bytes_in_flight"] == 16 * 128 * copy["blocks_per_sm"]
+    assert total["bytes_in_flight"] == 1 * total["threads"] * total["blocks_per_sm"]
+
+
+def test_a_load_is_over_when_its_value_is_used():
+    def instruction(address: int, opcode: str, operands: str) -> sass.Instruction:
+        return sass.Instruction(address, opcode, None, operands)
+
+    code = sass.Code()
+    code.instructions = (
+        instruction(0, "LDG.E.128.CONSTANT", "R4, [R2.64]"),
+        instruction(16, "LDG.E.64", "R8, [R2.64+0x10]"),
+        instruction(32, "FADD", "R20, R7, R7"),  # of the first
+        instruction(48, "LDG.E.64", "R10, [R2.64+0x20]"),
+        instruction(64, "LDG.E.64", "R12, [R10.64]"),  # its address is the one before: waits for both
+        instruction(80, "STG.E", "[R2.64], R12"),
+    )
+    assert code.most_bytes_in_flight() == 24
+
+
 def test_spills(rows):
     row = rows["spilling_kernel"]
     assert row["spill_loads"] > 0
@@ -289,6 +312,27 @@ def test_every_op_loads_16_bytes_at_once(kernel_rows):
     everywhere = {(row["op"], row["arch"]) for row in kernel_rows}
     assert everywhere == {(row["op"], row["arch"]) for row in kernel_rows if row["loop_loads_16"]}
     assert not identify(narrow(kernel_rows))
+
+
+# Bytes per multiprocessor, of kernels that only move memory. An A100's has three quarters of an H100's bandwidth.
+LEAST_IN_FLIGHT = {80: 32 * 1024, 90: 40 * 1024, 100: 40 * 1024}
+
+
+def test_the_norms_passes_keep_enough_bytes_in_flight(kernel_rows):
+    """Two 16-byte loads per iteration and more, and enough of them before the first is used. Not in float64."""
+    passes = [
+        row
+        for row in kernel_rows
+        if row["kind"] == "cuda" and row["op"] == "ghost_batch_norm" and row["loop_loads_16"]
+    ]
+    if not passes:  # Triton's are judged by widths alone
+        return
+    assert len(passes) == len(ARCHITECTURES) * 4 * 4, "four passes, four dtypes, on every architecture"
+    assert not identify([row for row in passes if row["loop_loads_16"] < 2])
+    few = [
+        row for row in passes if row["bytes_in_flight"] < LEAST_IN_FLIGHT and "double" not in row["kernel"]
+    ]
+    assert not identify(few)
 
 
 def test_the_committed_table_is_of_these_kernels():
