@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D-D-D",
         help="depths it runs at; default: --max-depths of them, nested, from --min-depth to the network itself",
     )
-    add("--max-depths", type=parse_integer(1), default=5, help="how many depths at most, without --depths")
+    add(
+        "--max-depths",
+        type=parse_integer(1),
+        default=5,
+        help="how many depths at most where --depths is not given",
+    )
     add(
         "--max-drop",
         type=parse_number(0),
@@ -43,5 +48,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--export-onnx",
         type=Path,
         metavar="FOLDER",
-        help="write it as ONNX too: a file per depth, one of weights",
+        help="write it as ONNX too, a file per depth and one of weights; default: don't",
     )

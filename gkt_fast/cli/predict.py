@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--max-ms",
         type=parse_number(0),
-        help="run at the most accurate depths that take at most so long for one image, measured now on this device",
+        help="run at the most accurate depths that take at most so many milliseconds for one image, measured now on "
+        "this device; default: no limit",
     )
     how.add_argument("--cascade", action="store_true", help="each image goes on until a depth is sure of it")
     add_device(parser)

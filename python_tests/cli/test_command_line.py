@@ -106,9 +106,13 @@ def test_every_flag_has_a_sentence_and_a_default(command):
         if not action.option_strings or action.dest == "help":
             continue
         shown = parser._get_formatter()._expand_help(action)
-        by_method = action.default is argparse.SUPPRESS and ("(gkt: " in shown or command == "subnets")
+        by_method = action.default is argparse.SUPPRESS and (
+            "(gkt: " in shown or command in ("subnets", "elastic")
+        )
         switch = isinstance(action, argparse._StoreTrueAction)
-        assert "default" in shown or by_method or switch, f"{action.option_strings} has no default: {shown}"
+        assert "default" in shown or by_method or switch or action.required, (
+            f"{action.option_strings} has no default: {shown}"
+        )
     assert "see gkt_fast.GKTConfig" not in text
     assert len(text.split("\n\n")[0].splitlines()) == 1, "usage is in the way"
 
@@ -153,12 +157,15 @@ def test_amp_dtypes_are_those_of_the_trainer():
         ("matplotlib", ["plot", "runs/x"], "logging"),
         ("matplotlib", ["subnets", "runs/x"], "logging"),
         ("onnxscript", ["subnets", "runs/x", "--export-onnx", "x.onnx"], "export"),
+        ("onnxscript", ["elastic", "runs/x", "-o", "x.pt", "--export-onnx", "x"], "export"),
+        ("torchvision", ["predict", "x.pt", "x.png"], "vision"),
     ],
 )
 def test_missing_packages_are_found_before_work_begins(run, monkeypatch, tmp_path, module, arguments, extra):
     monkeypatch.chdir(tmp_path)
+    for place in ("training_run", "trained_run"):
+        monkeypatch.setattr(f"gkt_fast.cli.{place}.load_data", lambda *_, **__: pytest.fail("work began"))
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr("gkt_fast.data.load_data", lambda *_: pytest.fail("work began"))
     code, _, err = run(*arguments)
     assert code == 2
     assert module in err
