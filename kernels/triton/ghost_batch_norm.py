@@ -23,10 +23,11 @@ NARROW_TILE = 2048  # elements at most where accesses are narrower and each take
 CHUNK_ELEMENTS = 8192  # of a program, at least
 MOST_CHUNKS = 1024  # of all ghost batches, unless there are more of these
 MERGE_TILE = {"LANES": 64, "BLOCK": 8}  # 64 lanes share the chunks of a channel, one element per thread
-MERGE_OPTIONS = {"num_warps": 16}
+MERGE_OPTIONS = {"num_warps": 16, "maxnreg": 64}
 WARPS = 8
 # Left to itself, ptxas makes room for one more block on a multiprocessor and spills a register for it.
 VECTOR_REGISTERS, SCALAR_REGISTERS = 80, 168  # at most, of a thread, with 16-byte accesses or without
+HALF_AFFINE_REGISTERS = 128  # of the affine pass with eight elements in 16 bytes, of two tensors, twice
 PLANES_COLUMNS = (64, 256)
 CHANNELS_LAST_COLUMNS = (16, 64)
 
@@ -56,6 +57,9 @@ class _Plan:
         self.chunks = triton.cdiv(self.lines, self.chunk_lines)
         blocks = triton.cdiv(channels, self.columns) if problem.channels_last else channels
         self.grid = (ghosts * self.chunks * blocks,)
+        self.sums_options, self.affine_options = (
+            _tile_options(self.step, size, affine) for affine in (False, True)
+        )
         self.merge_blocks = triton.cdiv(channels, MERGE_TILE["BLOCK"])
         self.dtype = tl.float64 if self.double else tl.float32
 
@@ -72,7 +76,7 @@ class _Plan:
     @property
     def tile(self) -> dict[str, object]:
         sizes = {"STEP": self.step, "ROWS": self.rows, "COLUMNS": self.columns}
-        return {**sizes, "DTYPE": self.dtype, **_tile_options(self.step, self.problem.dtype.itemsize)}
+        return {**sizes, "DTYPE": self.dtype}
 
     @property
     def merge(self) -> dict[str, object]:
@@ -101,7 +105,7 @@ def forward(problem, x, residual, weight, bias, keep, y, statistics, mask) -> No
         if not problem.use_running:
             sums_kernel[plan.grid](
                 x, x, mask, statistics, parts, *plan.strides(x), *plan.strides(x), *plan.sizes,
-                BACKWARD=False, RELU=False, **layout, **plan.tile,
+                BACKWARD=False, RELU=False, **layout, **plan.tile, **plan.sums_options,
             )  # fmt: skip
         merge_statistics_kernel[(ghosts * plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics if bias is None else bias, statistics,
@@ -113,7 +117,7 @@ def forward(problem, x, residual, weight, bias, keep, y, statistics, mask) -> No
             x, other, mask, statistics, coefficients, _bytes(keep, mask), y, y,
             *plan.strides(x), *plan.strides(other), *plan.strides(y), ghosts, *plan.sizes,
             int(keep is not None), BACKWARD=False, RELU=problem.relu, HAS_RESIDUAL=residual is not None,
-            **layout, **plan.tile,
+            **layout, **plan.tile, **plan.affine_options,
         )  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def backward(
     with torch.cuda.device_of(x):
         sums_kernel[plan.grid](
             x, grad_y, mask, statistics, parts, *strides, *plan.sizes,
-            BACKWARD=True, RELU=problem.relu, **layout, **plan.tile,
+            BACKWARD=True, RELU=problem.relu, **layout, **plan.tile, **plan.sums_options,
         )  # fmt: skip
         merge_gradients_kernel[(plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics, _bytes(keep, mask), coefficients,
@@ -141,7 +145,7 @@ def backward(
             x, grad_y, mask, statistics, coefficients, _bytes(keep, mask), grad_x,
             grad_x if grad_residual is None else grad_residual, *strides, *plan.strides(grad_x), ghosts, *plan.sizes,
             int(keep is not None), BACKWARD=True, RELU=problem.relu, HAS_RESIDUAL=grad_residual is not None,
-            **layout, **plan.tile,
+            **layout, **plan.tile, **plan.affine_options,
         )  # fmt: skip
 
 
@@ -160,9 +164,11 @@ def _steps(element_size: int) -> tuple[int, ...]:
     return tuple(step for step in (8, 4, 2, 1) if step * element_size <= 16)
 
 
-def _tile_options(step: int, element_size: int) -> dict[str, int]:
-    whole = step * element_size == 16
-    return {"num_warps": WARPS, "maxnreg": VECTOR_REGISTERS if whole else SCALAR_REGISTERS}
+def _tile_options(step: int, element_size: int, affine: bool) -> dict[str, int]:
+    registers = SCALAR_REGISTERS
+    if step * element_size == 16:
+        registers = HALF_AFFINE_REGISTERS if affine and step == 8 else VECTOR_REGISTERS
+    return {"num_warps": WARPS, "maxnreg": registers}
 
 
 def aot_configurations() -> Iterator[tuple]:
@@ -198,16 +204,16 @@ def _aot_tiles(dtype: str, size: int, channels_last: bool, columns: int, step: i
         "COLUMNS": columns,
         "DTYPE": accumulated,
     }
-    options = _tile_options(step, size)
+    sums_options, affine_options = (_tile_options(step, size, affine) for affine in (False, True))
     for backward, relu in itertools.product((False, True), repeat=2):
         direction, activation = "backward" if backward else "forward", "_relu" if relu else ""
         constants = {"BACKWARD": backward, "RELU": relu, **tile}
         if backward or not relu:
-            yield _aot(f"sums_{direction}_{layout}{activation}", sums_kernel, dtype, constants, options)
+            yield _aot(f"sums_{direction}_{layout}{activation}", sums_kernel, dtype, constants, sums_options)
         # Without ReLU the residual's gradient is that of y.
         for residual in (False, True) if relu or not backward else (False,):
             name = f"affine_{direction}_{layout}{activation}{'_residual' if residual else ''}"
-            yield _aot(name, affine_kernel, dtype, {**constants, "HAS_RESIDUAL": residual}, options)
+            yield _aot(name, affine_kernel, dtype, {**constants, "HAS_RESIDUAL": residual}, affine_options)
 
 
 _ACTIVATIONS = ("x_ptr", "grad_ptr", "other_ptr", "out_ptr", "grad_residual_ptr")
