@@ -6,6 +6,9 @@ Both run the same blocks on the same subnets, every distinct activation once, an
 hand (gkt_fast/instruments/hand_written.py) knows the network: it walks its three stages and keeps their activations in
 dicts. Reported is the median over the
 steps of the time of `shared` relative to it, and both relative to a plain step of the same model.
+
+Two rows more say what trust costs: "check", once before the first step of a mode (of `stacked`, which `auto` tries
+first), and "setup", what every step pays to notice that modes, flags, hooks or modules changed.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from throughput import gkt_step, plain_step
 from torch import Tensor, nn
 
 from gkt_fast import GKT, GKTConfig, fuse_blocks
+from gkt_fast.execution import EXECUTION_MODES
+from gkt_fast.execution.verification import Verification
 from gkt_fast.instruments.hand_written import hand_written_step
+from gkt_fast.subnets.streams import make_streams
 
 WARMUP = 2
 COLUMNS = ["model", "step", "overhead_percent", "ratio", "median_ms", "lower_ms", "upper_ms"]
@@ -55,7 +61,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Measures plain, hand-written and shared steps."""
+    """Measures plain, hand-written and shared steps, and the check of a mode."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = MODELS[args.model]
     batch_size = args.batch_size or spec.batch_size
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         "plain": plain_step(copy.deepcopy(model), images, targets),
         "by hand": hand_written_training_step(GKT(copy.deepcopy(model), config), images, targets),
         "shared": gkt_step(GKT(copy.deepcopy(model), config), images, targets),
+        **trust(GKT(copy.deepcopy(model), config), images),
     }
     timings = measure(steps, args.repeats, WARMUP)
     by_hand = timings["by hand"].milliseconds
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
             "step": name,
             "overhead_percent": 100
             * (statistics.median(map(lambda a, b: a / b, timing.milliseconds, by_hand)) - 1)
-            if name != "plain"
+            if name in ("by hand", "shared")
             else "",
             "ratio": timing.median / timings["plain"].median,
             "median_ms": timing.median,
@@ -96,6 +103,20 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         }
         for name, timing in timings.items()
     ]
+
+
+def trust(gkt: GKT, images: Tensor) -> dict[str, Callable[[], None]]:
+    """What is done to trust a mode: the check before its first step, and what notices a change in every step."""
+    network = gkt.network
+    streams = make_streams(gkt.sample(0), gkt.stages, gkt.config)
+    gkt.layers(images)
+
+    def check() -> None:
+        with network.seeing((images,)):
+            reason = Verification(network, (images,), streams).reason_against(EXECUTION_MODES["stacked"])
+        assert reason is None, reason
+
+    return {"check": check, "setup": network.note_setup}
 
 
 def hand_written_training_step(gkt: GKT, images: Tensor, targets: Tensor) -> Callable[[], None]:

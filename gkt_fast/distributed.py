@@ -104,12 +104,31 @@ def parallelize(gkt: nn.Module, device: torch.device, options: Mapping[str, Any]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model or a part of it."""
+    """Whether `fully_shard` was applied to the model or a part of it, or `FullyShardedDataParallel` (the older FSDP).
+
+    Around the model the latter shows only while it runs with gradients: the parameters are parts of a flat one.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return False
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        return True
+    return any(
+        _is_part_of_flat_parameter(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.grad_fn is not None
+    )
+
+
+def _is_part_of_flat_parameter(parameter: Tensor) -> bool:
+    from torch.distributed.fsdp import FlatParameter
+
+    node = parameter.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node is not None and isinstance(node.variable, FlatParameter)
 
 
 def share(dataset: Dataset) -> Dataset:

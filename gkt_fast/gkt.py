@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .batch_norm.fusion import fuse_blocks
 from .config import GKTConfig
 from .execution import choose_execution, explain_step
 from .network.discovery import Stages, as_stages
-from .network.inputs import call_model, model_inputs, rows_in
+from .network.inputs import call_model, map_tensors, model_inputs, rows_in
 from .network.network import Network
 from .network.wrappers import check_called_as_written, check_not_compiled, check_not_wrapped
 from .subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
@@ -59,8 +61,8 @@ class GKT(nn.Module):
             full network, `subnet_ce_weight` for the subnets. A module without parameters, or any function.
 
     Raises:
-        ValueError: the model has no residual blocks, config doesn't fit its stages, or there is a criterion and config
-            sets options of cross entropy, or the criterion has parameters.
+        ValueError: the model has no residual blocks, or lazy modules without weights yet, config doesn't fit its
+            stages, or there is a criterion and config sets options of cross entropy, or the criterion has parameters.
         TypeError: model is not an nn.Module, config not a GKTConfig, or criterion not callable.
     """
 
@@ -81,6 +83,7 @@ class GKT(nn.Module):
         if criterion is not None:
             _check_criterion(criterion, config)
         check_not_wrapped(model)
+        _check_initialized(model)
         stages = as_stages(model, stages)
         check_sampling(stages, config)
         if config.fuse_blocks and config.groups:
@@ -163,14 +166,30 @@ class GKT(nn.Module):
                 "drop_last=True, or a sampler that gives each as many batches.)"
             )
         step = self.next_step if step is None else step
-        network = self.network
-        network.remember(inputs)
-        subnets = self.sample(step)
-        streams = self._streams(subnets, step, kd_weight)
-        result = choose_execution(network, streams).run(network, inputs, targets, streams, loss_scale)
-        _check_classes(result.logits, streams)
+        if torch.is_inference_mode_enabled():  # tensors without version counters can't be shared safely
+            with torch.inference_mode(False), torch.no_grad():
+                inputs, targets = map_tensors(torch.clone, (inputs, targets))
+                output = self._run_step(inputs, targets, step, loss_scale, kd_weight)
+        else:
+            output = self._run_step(inputs, targets, step, loss_scale, kd_weight)
         if self.training:
             self.next_step = step + 1
+        return output
+
+    def _run_step(
+        self,
+        inputs: tuple[Any, ...],
+        targets: Tensor,
+        step: int,
+        loss_scale: float | Tensor | None,
+        kd_weight: float | None,
+    ) -> GKTOutput:
+        network = self.network
+        with network.seeing(inputs):
+            subnets = self.sample(step)
+            streams = self._streams(subnets, step, kd_weight)
+            result = choose_execution(network, streams).run(network, inputs, targets, streams, loss_scale)
+        _check_classes(result.logits, streams)
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
 
     def _streams(self, subnets: Sequence[Subnet], step: int, kd_weight: float | None = None) -> Streams:
@@ -218,9 +237,9 @@ class GKT(nn.Module):
 
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""
-        if inputs is not None:
-            self.network.remember(model_inputs(self.model, inputs))
-        return self.network.layers(self.config.independent_noise)
+        network = self.network
+        with nullcontext() if inputs is None else network.seeing(model_inputs(self.model, inputs)):
+            return network.layers(self.config.independent_noise)
 
     def get_extra_state(self) -> Tensor:
         """The step counter and what was learnt of the model; in this module's state_dict, not in the model's.
@@ -247,6 +266,20 @@ class GKT(nn.Module):
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)
         return f"depths={depths}, groups={self.config.groups}, loops={self.config.loops}, sampler={self.config.sampler}"
+
+
+def _check_initialized(model: nn.Module) -> None:
+    lazy = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+    ]
+    if lazy:
+        raise ValueError(
+            f"model has lazy modules that have no weights yet ({', '.join(map(repr, lazy[:5]))}"
+            f"{', ...' if len(lazy) > 5 else ''}); run its forward once on an example of its input, and make the "
+            "optimizer, before GKT takes it"
+        )
 
 
 def _check_criterion(criterion: Any, config: GKTConfig) -> None:

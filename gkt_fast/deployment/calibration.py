@@ -8,19 +8,18 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..network.batch import inputs_of
 from ..network.discovery import Stages
 from ..network.inputs import call_model, first_rows, map_tensors, model_inputs, rows_in
-from ..network.look import kept_modes, uncompiled
+from ..network.look import look
 from ..subnets.subnet import Subnet
 from .extraction import active_subnet
 from .running_buffers import running_buffers
 
-__all__ = ["batch_norm_state", "calibrate_together", "recalibrate_batch_norm"]
+__all__ = ["calibrate_together", "recalibrate_batch_norm"]
 
 
 def recalibrate_batch_norm(
@@ -36,7 +35,7 @@ def recalibrate_batch_norm(
     (Stimulative Training re-estimates them on about 2,000 images too). Dropout and the like stay in evaluation mode.
 
     Args:
-        model: the network, changed in place; its training flags are left as they were.
+        model: the network, changed in place; nothing but these statistics changes.
         loader: batches of inputs, or (inputs, ...) tuples of which the first entry is used, or mappings, of which
             targets are left out (see `gkt_fast.network.batch`). Give it what training saw, augmented
             and shuffled: the first batches of a loader that goes class by class are of a few classes.
@@ -62,7 +61,7 @@ def calibrate_together(networks: Sequence[nn.Module], loader: Iterable[Any], num
     first one alone.
 
     Args:
-        networks: changed in place; their training flags are left as they were.
+        networks: changed in place; nothing but these statistics changes.
         loader: as of `recalibrate_batch_norm`.
         num_samples: as of `recalibrate_batch_norm`.
 
@@ -75,47 +74,34 @@ def calibrate_together(networks: Sequence[nn.Module], loader: Iterable[Any], num
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     norms = [[module for module in network.modules() if running_buffers(module)] for network in networks]
-    before = {layer: (layer.momentum, layer.track_running_stats) for layer in itertools.chain(*norms)}
+    tracked = {layer: layer.track_running_stats for layer in itertools.chain(*norms)}
     device = next((p.device for network in networks for p in network.parameters()), torch.device("cpu"))
     seen = batches = 0
     with ExitStack() as stack:
         for network in networks:
-            stack.enter_context(kept_modes(network))
-            stack.enter_context(uncompiled(network))
-            network.eval()
-        try:
-            for layer in before:
-                layer.reset_running_stats()
-                layer.train()
-            for batch in loader:
-                inputs = first_rows(inputs_of(batch), num_samples - seen)
-                inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
-                counted: set[nn.Module] = set()
-                for network, layers in zip(networks, norms, strict=True):
-                    for layer in layers:
-                        # None is the average over calls, which an InstanceNorm doesn't know.
-                        layer.momentum = 1 / (batches + 1) if isinstance(layer, _InstanceNorm) else None
-                        layer.track_running_stats = before[layer][1] and layer not in counted
-                    call_model(network, model_inputs(network, inputs))
-                    counted.update(layers)
-                seen += rows_in(inputs) or 0
-                batches += 1
-                if seen >= num_samples:
-                    break
-        finally:
-            for layer, (momentum, tracked) in before.items():
-                layer.momentum, layer.track_running_stats = momentum, tracked
+            stack.enter_context(look(network, hooks=False))
+        for layer in tracked:
+            layer.reset_running_stats()
+            layer.train()
+        for batch in loader:
+            inputs = first_rows(inputs_of(batch), num_samples - seen)
+            inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
+            counted: set[nn.Module] = set()
+            for network, layers in zip(networks, norms, strict=True):
+                for layer in layers:
+                    # None is the average over calls, which an InstanceNorm doesn't know.
+                    layer.momentum = 1 / (batches + 1) if isinstance(layer, _InstanceNorm) else None
+                    layer.track_running_stats = tracked[layer] and layer not in counted
+                call_model(network, model_inputs(network, inputs))
+                counted.update(layers)
+            seen += rows_in(inputs) or 0
+            batches += 1
+            if seen >= num_samples:
+                break
+        estimated = {layer: dict(layer._buffers) for layer in tracked}
     if seen == 0:
         raise ValueError("loader gave no sample")
+    for layer, buffers in estimated.items():
+        for name in running_buffers(layer):
+            layer._buffers[name].copy_(buffers[name])
     return seen
-
-
-def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all BatchNorm buffers, to be put back with `model.load_state_dict(state, strict=False)`."""
-    return {
-        f"{path}.{name}" if path else name: buffer.clone()
-        for path, module in model.named_modules()
-        if isinstance(module, _NormBase)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }

@@ -16,9 +16,9 @@ from ..network.batch import take_apart
 from ..network.calls import logits_of
 from ..network.discovery import Stages
 from ..network.inputs import call_model, map_tensors, model_inputs
-from ..network.look import kept_modes
+from ..network.look import look
 from ..subnets.subnet import Subnet
-from .calibration import batch_norm_state, recalibrate_batch_norm
+from .calibration import recalibrate_batch_norm
 from .elastic import ElasticNetwork
 from .extraction import active_subnet
 
@@ -57,7 +57,10 @@ def evaluate(
     criterion: Callable[[Tensor, Any], Tensor] | None = None,
     autocast: AbstractContextManager | None = None,
 ) -> Evaluation:
-    """Accuracy and loss in evaluation mode. The model is left as it was.
+    """Accuracy and loss in evaluation mode.
+
+    The model is left as it was, down to the modes of its modules and what their forwards store (but not what hooks
+    store elsewhere), and so are the random number generators.
 
     In a distributed run every rank calls this with its own share of the samples (`gkt_fast.distributed.share`), and
     every rank gets the result over all of them; BatchNorm statistics are estimated on the batches of all ranks.
@@ -85,46 +88,39 @@ def evaluate(
             raise ValueError("calibration_loader and stages are the elastic network's own; leave them out")
         model, depths = model.at(depths), None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    statistics = batch_norm_state(model) if calibration_loader is not None else {}
-    correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
     overlap: Tensor | None = None
-    with kept_modes(model):
-        try:
-            if calibration_loader is not None:
-                samples_here = -(-calibration_samples // world_size())
-                with unsynchronized_batch_norm(model):
-                    recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
-                average_batch_norm(model)
-            model.eval()
-            with nullcontext() if depths is None else active_subnet(model, depths, stages):
-                for whole in loader:
-                    batch = take_apart(map_tensors(lambda tensor: tensor.to(device), whole))
-                    targets = batch.targets
-                    with autocast or nullcontext():
-                        logits = logits_of(call_model(model, model_inputs(model, batch.inputs))).float()
-                    labels = (
-                        criterion is not None and isinstance(targets, Tensor) and targets.is_floating_point()
-                    )
-                    if not labels:
-                        _check_class_indices(targets, logits)
-                    if criterion is not None:
-                        loss += criterion(logits, targets) * len(targets)
-                    if labels:
-                        right = (logits > 0) == (targets > 0.5)
-                        samples += len(targets)
-                        correct += right.flatten(1).double().mean(1).sum()
-                        continue
-                    rows, predicted = targets != ignore_index, logits.argmax(1)
-                    samples += rows.sum()
-                    correct += ((predicted == targets) & rows).sum()
-                    if targets.dim() > 1:
-                        counts = _count_overlap(predicted, targets, rows, logits.shape[1])
-                        overlap = counts if overlap is None else overlap + counts
-                    if criterion is None:
-                        loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-        finally:
-            if statistics:
-                model.load_state_dict(statistics, strict=False)
+    with look(model, training=None, hooks=False, compiled=True):
+        correct, loss, samples = torch.zeros(3, dtype=torch.float64, device=device)
+        if calibration_loader is not None:
+            samples_here = -(-calibration_samples // world_size())
+            with unsynchronized_batch_norm(model):
+                recalibrate_batch_norm(model, calibration_loader, samples_here, depths, stages)
+            average_batch_norm(model)
+        model.eval()
+        with nullcontext() if depths is None else active_subnet(model, depths, stages):
+            for whole in loader:
+                batch = take_apart(map_tensors(lambda tensor: tensor.to(device), whole))
+                targets = batch.targets
+                with autocast or nullcontext():
+                    logits = logits_of(call_model(model, model_inputs(model, batch.inputs))).float()
+                labels = criterion is not None and isinstance(targets, Tensor) and targets.is_floating_point()
+                if not labels:
+                    _check_class_indices(targets, logits)
+                if criterion is not None:
+                    loss += criterion(logits, targets) * len(targets)
+                if labels:
+                    right = (logits > 0) == (targets > 0.5)
+                    samples += len(targets)
+                    correct += right.flatten(1).double().mean(1).sum()
+                    continue
+                rows, predicted = targets != ignore_index, logits.argmax(1)
+                samples += rows.sum()
+                correct += ((predicted == targets) & rows).sum()
+                if targets.dim() > 1:
+                    counts = _count_overlap(predicted, targets, rows, logits.shape[1])
+                    overlap = counts if overlap is None else overlap + counts
+                if criterion is None:
+                    loss += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     sums = torch.stack([correct, loss, samples])
     # A rank without a batch doesn't know how many classes there are, but takes part in every reduction.
     here = torch.tensor([0, 0] if overlap is None else [overlap.shape[1], 1], dtype=sums.dtype, device=device)

@@ -27,7 +27,8 @@ def refusal_of_sharded(model: nn.Module) -> ValueError | None:
     if not is_sharded(model):
         return None
     return ValueError(
-        "model is sharded by fully_shard, which reduces gradients as soon as a backward reaches a block; "
+        "model is sharded by fully_shard or FullyShardedDataParallel, which reduce gradients as soon as a backward "
+        "reaches a block; "
         "execution='lean' and 'sequential' run several backward passes within the forward. Use 'stacked' or 'shared'"
     )
 
@@ -81,7 +82,8 @@ class GradientSum:
         if not loss.requires_grad:
             return
         scaled = loss if self.loss_scale is None else loss * self.loss_scale
-        scaled.backward()
+        with self._aliased():  # for what is recomputed (activation checkpointing)
+            scaled.backward()
         # Autocast caches low-precision copies of the weights; their graph ended with this backward.
         torch.clear_autocast_cache()
 

@@ -25,11 +25,13 @@ from ..batch_norm.statistics import (
 )
 from ..config import GKTConfig
 from ..network.calls import SharedStateError
+from ..network.inputs import call_model
 from ..network.interception import Site, intercept
 from ..network.network import Network
 from ..subnets.plan import Plan, make_plan
 from ..subnets.streams import Streams, place_of, stream_at
 from .gradients import GradientSum, deliver, refusal_of_sharded
+from .running_buffers import RunningBuffers
 from .states import States, _State
 from .step import Mode, StepResult
 from .stream_loss import StreamLoss
@@ -52,6 +54,7 @@ def run_lean(
     layers = tracking_layers(network.model)
     all_update = streams.all_update_statistics
     order = stream_order(plan, config)
+    buffers = RunningBuffers(network, streams)
     with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
         states = _CutStates(network, statistics, plan, independent_noise=config.independent_noise)
         try:
@@ -59,6 +62,7 @@ def run_lean(
                 updates = stream == 0 or all_update
                 with (
                     nullcontext() if updates else frozen_statistics(layers),
+                    buffers.stream(stream),
                     intercept(network.model, network.sites, states.call),
                 ):
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
@@ -72,6 +76,24 @@ def run_lean(
     for _, updates in sorted(zip(order, states.stream_statistics, strict=True), key=lambda pair: pair[0]):
         update_running_statistics(updates)
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
+
+
+def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
+    noise = streams.config.independent_noise
+    plan = make_plan(network.layers(noise), streams.dropped)
+    layers, buffers = tracking_layers(network.model), RunningBuffers(network, streams)
+    states = _CutStates(network, [], plan, independent_noise=noise)
+    logits = {}
+    try:
+        with intercept(network.model, network.sites, states.call):
+            for stream in stream_order(plan, streams.config):
+                with frozen_statistics(layers) if stream else nullcontext(), buffers.stream(stream):
+                    states.begin_stream(streams.dropped[stream], plan.paths[stream])
+                    logits[stream] = network.logits(call_model(network.model, inputs))
+                    states.end_stream()
+    finally:
+        states.close()
+    return [logits[stream] for stream in range(len(logits))]
 
 
 class _CutStates(States):
@@ -184,4 +206,4 @@ def _refusal(network: Network, streams: Streams) -> Exception | None:
     return refusal_of_sharded(network.model)
 
 
-MODE = Mode(run_lean, _refusal)
+MODE = Mode(run_lean, _refusal, forward=_forward)

@@ -19,8 +19,10 @@ from ..network.block_order import BlockOrder
 from ..network.inputs import map_tensors, tensors_in
 from ..network.interception import Site, intercept
 from ..network.network import Network
+from ..network.recomputation import recomputing
 from ..subnets.streams import Streams
 from .gradients import GradientSum, deliver, refusal_of_sharded
+from .running_buffers import RunningBuffers
 from .step import Mode, StepResult
 from .stream_loss import StreamLoss
 
@@ -40,12 +42,14 @@ def run_sequential(
     layers = tracking_layers(network.model)
     blocks = [site for site in network.sites if site.is_block]
     order = BlockOrder(blocks)
+    buffers = RunningBuffers(network, streams)
     for stream, dropped in enumerate(streams.dropped):
 
         def call(
             site: Site, module: nn.Module, args: tuple, kwargs: dict, dropped: frozenset = dropped
         ) -> Any:
-            order.call(site)
+            if not recomputing():
+                order.call(site)
             if site.path in dropped:
                 return network.skip(site, args, kwargs)
             output = module(*args, **kwargs)
@@ -56,12 +60,13 @@ def run_sequential(
         updates_statistics = stream == 0 or streams.all_update_statistics
         with (
             nullcontext() if updates_statistics else frozen_statistics(layers),
+            buffers.stream(stream),
             intercept(network.model, blocks, call),
         ):
             logits = network.logits(gradients.run(_at_resolution(network.model, streams, stream), inputs))
-        order.end_stream()
-        with frozen_statistics(layers):
-            gradients.add(stream_loss(stream, logits))
+            order.end_stream()
+            with frozen_statistics(layers):  # within the interception: what is recomputed is this stream's
+                gradients.add(stream_loss(stream, logits))
     return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
 
 

@@ -20,6 +20,7 @@ from ..network.interception import intercept
 from ..network.network import Network
 from ..subnets.streams import Streams
 from .loss import joint_loss
+from .running_buffers import RunningBuffers
 from .states import States
 from .step import Mode, StepResult
 
@@ -39,18 +40,7 @@ def run_shared(
     all_update = streams.all_update_statistics
     with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
         states = States(network, statistics, independent_noise=config.independent_noise)
-        try:
-            with intercept(network.model, network.sites, states.call):
-                states.begin_stream(streams.dropped[0])
-                logits = [network.logits(call_model(network.model, inputs))]
-                states.end_stream()
-                with nullcontext() if all_update else frozen_statistics(layers):
-                    for dropped in streams.dropped[1:]:
-                        states.begin_stream(dropped)
-                        logits.append(network.logits(call_model(network.model, inputs)))
-                        states.end_stream()
-        finally:
-            states.close()
+        logits = _run_states(states, inputs, streams)
     for updates in states.stream_statistics:
         update_running_statistics(updates)
     loss, terms = joint_loss(torch.stack(logits), targets, streams)
@@ -58,4 +48,28 @@ def run_shared(
     return StepResult(loss, terms, logits[0].detach())
 
 
-MODE = Mode(run_shared)
+def _run_states(states: States, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
+    """The logits of all streams."""
+    model = states.network.model
+    layers = [] if streams.all_update_statistics else tracking_layers(model)
+    buffers = RunningBuffers(states.network, streams)
+    logits = []
+    try:
+        with intercept(model, states.network.sites, states.call):
+            for stream, dropped in enumerate(streams.dropped):
+                with frozen_statistics(layers) if stream else nullcontext(), buffers.stream(stream):
+                    states.begin_stream(dropped)
+                    logits.append(states.network.logits(call_model(model, inputs)))
+                    states.end_stream()
+    finally:
+        states.close()
+    return logits
+
+
+def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
+    return _run_states(
+        States(network, [], independent_noise=streams.config.independent_noise), inputs, streams
+    )
+
+
+MODE = Mode(run_shared, forward=_forward)

@@ -34,6 +34,7 @@ from ..network.inputs import call_model
 from ..network.interception import Site, find_layers, intercept
 from ..network.network import Network
 from ..network.noise import DrawDetector, forbid_draws
+from ..network.recomputation import Regions, in_region, recomputing
 from ..subnets.plan import Layer, Plan, make_plan
 from ..subnets.streams import Streams
 from .loss import joint_loss
@@ -106,24 +107,33 @@ def run_stacked(
     Raises:
         StackingError: it shows while the model runs that it can't be stacked.
     """
+    logits = _stacked_logits(network, inputs, streams, watch=not network.returns)
+    loss, terms = joint_loss(logits, targets, streams)
+    _forbid_recomputation(network.model, loss)
+    return StepResult(loss, terms, logits[0].detach())
+
+
+def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
+    return list(_stacked_logits(network, inputs, streams, watch=True).unbind())
+
+
+def _stacked_logits(network: Network, inputs: tuple[Any, ...], streams: Streams, watch: bool) -> Tensor:
+    """(S, B, ...) logits; `watch`: for decisions by an activation's values."""
     independent_noise = streams.config.independent_noise
     plan = make_plan(network.layers(independent_noise), streams.dropped)
     statistics = StreamStatistics(streams.all_update_statistics)
     stack = _Stack(plan, network, statistics, independent_noise=independent_noise)
     _allow_recomputation([module for module in network.model.modules() if is_batch_norm(module)])
     norms = find_layers(network.model, is_batch_norm)
-    first_step = not network.returns
     with (
-        _RefuseDecisions() if first_step else nullcontext(),
+        _RefuseDecisions() if watch else nullcontext(),
         intercept(network.model, norms, _call_batch_norm),
         intercept(network.model, network.sites, stack.call),
     ):
         logits = stack.per_stream(network.logits(call_model(network.model, inputs)))
     stack.order.end_stream()
     statistics.update()
-    loss, terms = joint_loss(logits, targets, streams)
-    _forbid_recomputation(network.model, loss)
-    return StepResult(loss, terms, logits[0].detach())
+    return logits
 
 
 class _RefuseDecisions(TorchFunctionMode):
@@ -144,6 +154,8 @@ class _RefuseDecisions(TorchFunctionMode):
 
 
 def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    if module.training and not recomputing() and in_region():
+        raise StackingError(_RECOMPUTED)
     return run_batch_norm_layer(module, *args, **kwargs)
 
 
@@ -161,12 +173,15 @@ def _forbid_recomputation(model: nn.Module, loss: Tensor) -> None:
         loss.register_hook(forbid)
 
 
+_RECOMPUTED = (
+    "a BatchNorm would be recomputed during backward (activation checkpointing), where execution='stacked' can't tell "
+    "the states apart. Use execution='shared' or 'lean'"
+)
+
+
 def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
-    if torch._C._current_graph_task_id() != -1:
-        raise StackingError(
-            "a BatchNorm was recomputed during backward (activation checkpointing), where execution='stacked' can't "
-            "tell the states apart. Use execution='shared' or 'lean'"
-        )
+    if recomputing():
+        raise StackingError(_RECOMPUTED)
 
 
 def _allow_recomputation(layers: list[nn.Module]) -> None:
@@ -196,6 +211,7 @@ class _Stack:
         self.stacked = [tuple(range(len(plan.paths)))]
         self.aside: dict[int, Tensor] = {}
         self.passed: Any = None
+        self._regions = Regions()
         self.order = BlockOrder(network.sites)
         self.order.begin_stream()
         self._detector = DrawDetector(network.model) if independent_noise else None
@@ -204,6 +220,8 @@ class _Stack:
 
     def call(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call of the layer at `site`; the handler for `intercept`."""
+        if recomputing():
+            return module(*args, **kwargs)
         self.order.call(site)
         layer = self.plan.layers[self.position] if self.position < len(self.plan.layers) else None
         if layer is None or layer.path != site.path:
@@ -218,6 +236,7 @@ class _Stack:
             )
         if site.is_block:
             return self._run_block(site, module, args, kwargs)
+        self._check_recomputation(site, module, arranged=False)
         output = self._run(site, module, args, kwargs)
         self._advance()
         return output
@@ -232,6 +251,7 @@ class _Stack:
         x = args[0]
         if x is not self.passed:
             x = self._arrange(x)
+        self._check_recomputation(site, module, arranged=x is not args[0])
         y = self._run(site, module, (x, *args[1:]), kwargs)
         if not isinstance(y, Tensor) or y.shape[0] != x.shape[0]:
             raise StackingError(
@@ -252,6 +272,21 @@ class _Stack:
             if self.position == 0 and not site.is_block:
                 return module(*args, **kwargs)
             return self.network.run_on_shared_input(site, module, args, kwargs)
+
+    def _check_recomputation(self, site: Site, module: nn.Module, arranged: bool) -> None:
+        """A region that a backward recomputes calls the layer by itself, on what came in."""
+        reason = self._regions.call(site.path, ran=True)
+        if reason is None and self._regions.crowded:
+            reason = f"activation checkpointing holds {site.path!r} and another layer in one region"
+        if reason is None and self._regions.in_region:
+            if arranged:
+                reason = (
+                    f"states are stacked before {site.path!r}, within a region of activation checkpointing"
+                )
+            elif any(isinstance(inner, _NormBase) and inner.training for inner in module.modules()):
+                raise StackingError(_RECOMPUTED)
+        if reason is not None:
+            raise StackingError(f"{reason}, which execution='stacked' can't recompute")
 
     def _moves(self, stream: int) -> bool:
         """Whether the stream runs the next layer."""
@@ -336,4 +371,4 @@ def _refusal(network: Network, streams: Streams) -> StackingError | None:
     return None if reason is None else StackingError(f"execution='stacked' can't run this model: {reason}")
 
 
-MODE = Mode(run_stacked, _refusal)
+MODE = Mode(run_stacked, _refusal, forward=_forward)

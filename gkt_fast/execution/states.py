@@ -20,6 +20,7 @@ from ..network.calls import SharedStateError, versions
 from ..network.interception import Site
 from ..network.network import Network
 from ..network.noise import DrawDetector, forbid_draws
+from ..network.recomputation import Regions, recomputing
 
 __all__ = ["States"]
 
@@ -64,6 +65,7 @@ class States:
         self.dropped: frozenset[str] = frozenset()
         self.stream_statistics: list[list] = []
         self.active = True
+        self._regions = Regions()
 
     def begin_stream(self, dropped: frozenset[str]) -> None:
         """Starts at the input again; blocks at the paths in `dropped` are skipped."""
@@ -78,10 +80,14 @@ class States:
         """Checks that the stream called its blocks, and left every activation that others may read as it was.
 
         Raises:
-            SharedStateError: the model changed one in place.
+            SharedStateError: the model changed one in place, or a backward would recompute other layers than it ran.
             ValueError: it called other blocks than it should (see `BlockOrder`).
         """
         self.order.end_stream()
+        reason = self._regions.reason_against()
+        if reason is not None:
+            raise SharedStateError(reason)
+        self._regions = Regions()
         for state in self.path:
             if state.past_stem:
                 _check_untouched(state, "after it left a block")
@@ -94,15 +100,17 @@ class States:
 
     def call(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """A call of the layer at `site`; the handler for `intercept`."""
-        if not self.active:
+        if not self.active or recomputing():
             return module(*args, **kwargs)
         self.past_stem = self.past_stem or site.is_block
         self.order.call(site)
         if site.path in self.dropped:
+            self._note_call(site, ran=False)
             return self.network.skip(site, args, kwargs)
         noisy = site.path in self._noisy
         key = (site.index, len(self.stream_statistics) if noisy else None)
         child = self.state.children.get(key)
+        self._note_call(site, ran=child is None)
         if child is None:
             with forbid_draws(None if noisy else self._detector, site.path):
                 child = self._execute(site, module, args, kwargs)
@@ -111,6 +119,11 @@ class States:
         self.path.append(child)
         self.stream_statistics[-1].extend(child.statistics)
         return child.output
+
+    def _note_call(self, site: Site, ran: bool) -> None:
+        reason = self._regions.call(site.path, ran)
+        if reason is not None:
+            raise SharedStateError(f"{reason}. Use use_reentrant=False, or execution='sequential'")
 
     def _execute(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> _State:
         _check_untouched(self.state, f"before {site.path!r}")

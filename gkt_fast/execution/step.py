@@ -11,7 +11,7 @@ from torch import Tensor
 from ..network.network import Network
 from ..subnets.streams import Streams
 
-__all__ = ["Execution", "Mode", "StepResult"]
+__all__ = ["Execution", "Forward", "Mode", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ Execution = Callable[[Network, tuple[Any, ...], Tensor, Streams, "float | Tensor
 """Runs a step: (network, inputs of the model, targets, streams, loss scale) -> result."""
 
 
+Forward = Callable[[Network, tuple[Any, ...], Streams], list[Tensor]]
+"""The logits of all streams, in their order: (network, inputs of the model, streams) -> logits."""
+
+
 def _nothing_against(network: Network, streams: Streams) -> None:
     return None
 
@@ -46,11 +50,14 @@ class Mode:
         refusal: what the mode refuses a network and its streams with, before it runs anything; None: nothing is known
             to speak against it.
         shares_states: whether streams read each other's activations, and with them the random numbers drawn there.
+        forward: the forward alone, to be held against streams that run by themselves (verification.py); None: it runs
+            them so.
     """
 
     run: Execution
     refusal: Callable[[Network, Streams], Exception | None] = _nothing_against
     shares_states: bool = True
+    forward: Forward | None = None
 
     def __call__(
         self,

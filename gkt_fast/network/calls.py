@@ -57,7 +57,9 @@ def run_on_shared_input(
 
 def versions(values: Any) -> list[int]:
     """How often each tensor in nested tuples, lists and dicts was written to."""
-    return [leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [
+        leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_inference()
+    ]
 
 
 def _copy(values: Any) -> Any:

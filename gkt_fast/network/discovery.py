@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..subnets.subnet import Stage
+from .look import look
 from .wrappers import check_blocks_visible, check_not_scripted, is_scripted
 
 __all__ = [
@@ -161,13 +162,15 @@ def _has_skip_connection(block: nn.Module) -> bool | None:
         return False
     if not isinstance(type(block).forward, FunctionType):
         return None
-    training, block.training = block.training, False
     try:
-        graph = _BlockTracer().trace(block)
+        with look(block, training=None):  # what the forward stores meanwhile are fx's proxies
+            training, block.training = block.training, False
+            try:
+                graph = _BlockTracer().trace(block)
+            finally:
+                block.training = training
     except Exception:  # fx raises whatever the traced code raises when it meets a proxy
         return None
-    finally:
-        block.training = training
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output")
     results = output.args[0]

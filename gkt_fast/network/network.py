@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from ..subnets.plan import Layer
 from ..subnets.subnet import Stage
 from .calls import logits_of, run_on_shared_input, skip_block, untrained_outputs, values_returned
+from .fingerprint import Watch
+from .inputs import first_rows, rows_in
 from .interception import Site, find_sites
 from .noise import noisy_layers
-from .profile import count_layers, one_sample, same_form, zeros_for
+from .profile import count_layers, example_for, form_of, one_sample
 
 __all__ = ["Network"]
 
@@ -50,7 +54,11 @@ class Network:
         sites: its blocks and the modules between them.
         writes_input: for every layer that ran on a state, by its path, whether it writes into its input.
         returns: for every block that ran, by its path, how many values it returns (see `values_returned`).
-        refused: execution modes that failed on the model although nothing spoke against them, with the reason.
+        verdicts: of the execution modes that were tried on the model as it is set up now, None where a mode is right,
+            or the reason why it isn't.
+        running_buffers: module path and name of the buffers that a training forward writes, beside those of
+            normalisation layers; None: not looked for yet.
+        agreed: whether the ranks of a distributed run have agreed on a mode.
         looked_for_noise: whether a step was searched for noise that streams share.
 
     Raises:
@@ -63,27 +71,73 @@ class Network:
         self.sites = find_sites(model, self.stages)
         self.writes_input: dict[str, bool] = {}
         self.returns: dict[str, int] = {}
-        self.refused: dict[str, str] = {}
+        self.verdicts: dict[str, str | None] = {}
+        self.running_buffers: list[tuple[str, str]] | None = None
+        self.agreed = False
         self.looked_for_noise = False
+        self._watch: Watch | None = None
+        self._verdicts_of: dict[Hashable, dict[str, str | None]] = {}
         self._told: set[str] = set()
+        self._form: list[Any] = []
         self._example: tuple[Any, ...] | None = None
+        self._batch: tuple[Any, ...] | None = None
         self._layers: list[Layer] | None = None
-        self._counted: list[tuple[tuple[Any, ...], list[Layer]]] = []
+        self._counted: list[tuple[list[Any], list[Layer]]] = []
         self._noisy: tuple[list[bool], frozenset[str]] | None = None
 
     def of(self, model: nn.Module) -> Network:
         """The same knowledge of a model that took this one's place, such as a replica on another device."""
         other = copy.copy(self)
         other.model = model
+        other.agreed, other._verdicts_of = self.agreed, self._verdicts_of
         return other
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """The execution modes that were found wrong for the model as it is set up now, with the reason."""
+        return {mode: reason for mode, reason in self.verdicts.items() if reason is not None}
+
+    def note_setup(self) -> None:
+        """Looks whether modules, modes, flags, hooks or the form of the inputs changed; `verdicts` are those of now."""
+        if self._watch is None or not self._watch.is_current(self.model):
+            self._watch = Watch(self.model)
+        form = tuple((len(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in self._form)
+        setup = self._watch.fingerprint(), form, torch.is_grad_enabled()
+        self.verdicts = self._verdicts_of.setdefault(setup, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is found anew: verdicts, and values of a batch."""
+        return self.__dict__ | {
+            "_watch": None,
+            "_verdicts_of": {},
+            "verdicts": {},
+            "agreed": False,
+            "_batch": None,
+        }
+
     def remember(self, inputs: tuple[Any, ...]) -> None:
-        """Keeps the form of one sample of the model's inputs, without its values; a new form is counted anew."""
-        example = one_sample(inputs)
-        if self._example is not None and same_form(example, self._example):
+        """Keeps the form of one sample of the model's inputs, with its whole numbers; a new form is counted anew."""
+        form = form_of(inputs)
+        if self._example is not None and form == self._form:
             return
-        counted = (layers for form, layers in self._counted if same_form(example, form))
-        self._example, self._layers, self._noisy = example, next(counted, None), None
+        counted = (layers for known, layers in self._counted if known == form)
+        self._form, self._example, self._noisy = form, one_sample(inputs), None
+        self._layers = next(counted, None)
+
+    @contextmanager
+    def seeing(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+        """As `remember`; inside, the model is looked at with values of this batch. None of them is kept longer."""
+        self.remember(inputs)
+        self._batch = inputs
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    @property
+    def sees_batch(self) -> bool:
+        """Whether a look at the model has values of a batch (`seeing`)."""
+        return self._batch is not None
 
     def layers(self, independent_noise: bool = False) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost for one sample.
@@ -94,14 +148,27 @@ class Network:
         Raises:
             ValueError: the form of the inputs is not known yet (see `remember`).
         """
-        example = self._known_example()
         if self._layers is None:
-            self._layers = count_layers(self.model, self.sites, example)
-            self._counted = [(example, self._layers), *self._counted[: KEPT_FORMS - 1]]
+            self._layers = self._count_layers()
+            self._counted = [(self._form, self._layers), *self._counted[: KEPT_FORMS - 1]]
         if not independent_noise:
             return self._layers
         noisy = self.noisy_layers()
         return [replace(layer, draws_noise=layer.path in noisy) for layer in self._layers]
+
+    def _count_layers(self) -> list[Layer]:
+        try:
+            return count_layers(self.model, self.sites, self._sample())
+        except Exception:
+            rows = rows_in(self._batch) or 1
+            if rows == 1:
+                raise
+        # A model may know the size of its batch.
+        layers = count_layers(self.model, self.sites, self._batch)
+        return [
+            replace(layer, flops=layer.flops // rows, saved_bytes=layer.saved_bytes // rows)
+            for layer in layers
+        ]
 
     def noisy_layers(self) -> frozenset[str]:
         """Paths of the layers that draw random numbers; looked for again when a layer changed its mode.
@@ -111,11 +178,14 @@ class Network:
         """
         modes = [module.training for module in self.model.modules()] if self.model.training else []
         if self._noisy is None or self._noisy[0] != modes:
-            inputs = zeros_for(self.model, self._known_example())
+            inputs = example_for(self.model, self._sample())
             self._noisy = modes, noisy_layers(self.model, self.sites, inputs)
         return self._noisy[1]
 
-    def _known_example(self) -> tuple[Any, ...]:
+    def _sample(self) -> tuple[Any, ...]:
+        """One sample: of the batch at hand, else what is remembered of one."""
+        if self._batch is not None:
+            return first_rows(self._batch, 1)
         if self._example is None:
             raise ValueError(
                 "inputs is None and the model has not been called yet; pass an example of its input"

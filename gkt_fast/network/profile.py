@@ -12,30 +12,40 @@ from torch.utils._pytree import tree_leaves
 
 from ..subnets.plan import Layer
 from .chain import older_reads
-from .inputs import call_model, map_tensors, rows_in, tensors_in
+from .inputs import call_model, first_rows, map_tensors, rows_in, tensors_in
 from .interception import Site, intercept
 from .look import look
 
-__all__ = ["count_flops", "count_layers", "one_sample", "same_form", "zeros_for"]
+__all__ = [
+    "count_flops",
+    "count_layers",
+    "example_for",
+    "form_of",
+    "one_sample",
+]
 
 
 def one_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The form of one sample of a model's inputs: tensors on the device "meta", other values as they are.
+    """One sample of a model's inputs without its large values: floating point tensors on the device "meta".
 
-    Tensors whose first dimension is not the batch (that of the first tensor) keep their shape.
+    Whole numbers (lengths, token numbers, masks) are copied: models may not run on others. Tensors whose first
+    dimension is not the batch (that of the first tensor) keep their shape.
     """
-    batch = rows_in(inputs)
 
     def form(value: Tensor) -> Tensor:
-        shape = (1, *value.shape[1:]) if value.dim() and value.shape[0] == batch else value.shape
-        return torch.empty(shape, dtype=value.dtype, device="meta")
+        whole = not (value.is_floating_point() or value.is_complex())
+        return value.clone() if whole else torch.empty(value.shape, dtype=value.dtype, device="meta")
 
-    return map_tensors(form, inputs)
+    return map_tensors(form, first_rows(inputs, 1))
 
 
-def same_form(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether the tensors of two samples have the same shapes."""
-    return [tensor.shape for tensor in tensors_in(a)] == [tensor.shape for tensor in tensors_in(b)]
+def form_of(inputs: tuple[Any, ...]) -> list[Any]:
+    """The shapes and dtypes of one sample's tensors, to be compared."""
+    batch = rows_in(inputs)
+    return [
+        (value.shape[1:] if value.dim() and value.shape[0] == batch else value.shape, value.dtype)
+        for value in tensors_in(inputs)
+    ]
 
 
 def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
@@ -49,19 +59,22 @@ def count_flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
     counter = FlopCounterMode(display=False)
     with look(model), counter:
-        call_model(model, zeros_for(model, inputs))
+        call_model(model, example_for(model, inputs))
     return counter.get_total_flops()
 
 
-def zeros_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Zeros in the form of `inputs` on the model's device, floating point ones in the dtype of its parameters."""
+def example_for(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs on the model's device, floating point ones in the dtype of its parameters; zeros where only the form
+    is known (device "meta")."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
-    def zeros(value: Tensor) -> Tensor:
+    def placed(value: Tensor) -> Tensor:
         dtype = parameter.dtype if value.is_floating_point() else value.dtype
-        return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
+        if value.is_meta:
+            return torch.zeros(value.shape, dtype=dtype, device=parameter.device)
+        return value.detach().to(parameter.device, dtype, copy=True)
 
-    return map_tensors(zeros, inputs)
+    return map_tensors(placed, inputs)
 
 
 def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...]) -> list[Layer]:
@@ -70,7 +83,7 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
     Args:
         model: the network; left in the mode it was in, with the random state it had.
         sites: its blocks and the modules between them.
-        inputs: the model's inputs in the form of `one_sample`; the model gets `zeros_for` them.
+        inputs: the model's inputs, or what `one_sample` left of them; the model gets `example_for` them.
     """
     from torch.utils.flop_counter import FlopCounterMode  # importing it warns where there is no Triton
 
@@ -102,8 +115,8 @@ def count_layers(model: nn.Module, sites: Iterable[Site], inputs: tuple[Any, ...
             intercept(model, sites, call),
             counter,
         ):
-            call_model(model, zeros_for(model, inputs))
-        reads = older_reads(model, sites, zeros_for(model, inputs))
+            call_model(model, example_for(model, inputs))
+        reads = older_reads(model, sites, example_for(model, inputs))
     names = ["the model's input", *(f"the output of {layer.path!r}" for layer in layers)]
     for i, older in enumerate(reads):
         over_blocks = [j for j in older if any(layer.is_block for layer in layers[j : i + 1])]

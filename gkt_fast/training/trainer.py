@@ -23,6 +23,7 @@ from ..distributed import parallelize
 from ..gkt import GKT, GKTOutput
 from ..network import compilation
 from ..network.inputs import rows_in
+from ..network.look import modes_of, restore_modes
 from ..subnets.subnet import Subnet
 from .callbacks import Callback, Callbacks
 from .loggers import Logger, Reports
@@ -127,9 +128,14 @@ class GKTTrainer:
         self.gkt = gkt
         self.state = TrainingState(gkt, optimization, schedule, weight_average)
         self.kd_schedule = kd_schedule
+        self._modes = modes_of(model) if model.training else []
 
     def step(self, images: Any, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
         """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
+
+        A model in training mode stays as it is: what you put into evaluation mode within it, such as a frozen
+        BatchNorm, stays there. One that is in evaluation mode as a whole is put into training mode, but for what was
+        in evaluation mode in the step before.
 
         With `accumulate`, the optimizer's step comes with every so many calls; their subnets are the same.
 
@@ -142,7 +148,7 @@ class GKTTrainer:
         Returns:
             The same fields as `GKT`'s, detached and still on the device: reading them is what synchronises.
         """
-        self.gkt.train()
+        self._begin_training()
         images, targets = self._placement.batch(images, targets)
         step, optimization = self.state.step, self.state.optimization
         factor = None if self.kd_schedule is None else self.kd_schedule(step)
@@ -161,6 +167,15 @@ class GKTTrainer:
         if last:
             self.finish_step()
         return replace(output, loss=output.loss.detach())
+
+    def _begin_training(self) -> None:
+        """Puts the network into training mode where it isn't, but for modules that were in evaluation mode within it
+        (frozen BatchNorm): they stay as they are."""
+        if not self.model.training:
+            self.gkt.train()
+            restore_modes(self._modes)
+        self.gkt.training = True
+        self._modes = modes_of(self.model)
 
     def finish_step(self) -> None:
         """The optimizer's step with the gradients at hand, and what follows it; for `step` calls with update=False."""

@@ -48,5 +48,5 @@ def test_the_benchmark_runs_small(tmp_path):
     arguments = "--model cifar_resnet20 --batch-size 2 --repeats 1 --threads 1 --csv"
     printed = run_script("bench/overhead.py", *arguments.split(), path, folder=tmp_path)
     lines = path.read_text().splitlines()
-    assert [line.split(",")[1] for line in lines[1:]] == ["plain", "by hand", "shared"]
+    assert [line.split(",")[1] for line in lines[1:]] == ["plain", "by hand", "shared", "check", "setup"]
     assert "overhead_percent" in printed

@@ -1,0 +1,55 @@
+"""What may change how a model computes from one call to the next: classes, modes, flags and hooks of its modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+
+import torch.nn.modules.module as torch_module
+from torch import nn
+
+__all__ = ["Watch"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Watch:
+    """Reads a model's fingerprint without walking it again: where to look is noted once.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._modules = list(model.modules())
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._parents = [module._modules for module in self._modules if module._modules]
+        self._children = self._children_now()
+        self._flags = [
+            (attributes, name)
+            for attributes in self._attributes
+            for name, value in attributes.items()
+            if type(value) is bool
+        ]
+        self._hooks = [attributes[name] for attributes in self._attributes for name in _HOOKS]
+
+    def _children_now(self) -> list[nn.Module | None]:
+        return [child for children in self._parents for child in children.values()]
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model consists of the modules that were noted."""
+        if model is not self.model:
+            return False
+        children = self._children_now()
+        return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
+
+    def fingerprint(self) -> Hashable:
+        """Equal as long as modules are of the same classes, in the same modes, with the same flags and hooks."""
+        return (
+            tuple(map(type, self._modules)),
+            tuple([attributes.get(name) for attributes, name in self._flags]),
+            tuple([tuple(hooks) for hooks in self._hooks if hooks]),
+            tuple([id(attributes["forward"]) for attributes in self._attributes if "forward" in attributes]),
+            tuple(torch_module._global_forward_hooks) + tuple(torch_module._global_forward_pre_hooks),
+        )
