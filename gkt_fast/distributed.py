@@ -222,7 +222,8 @@ def unsynchronized_batch_norm(model: nn.Module) -> Iterator[None]:
     for layer, kind in kinds.items():
         # Behind a subclass, which may add an activation, and before SyncBatchNorm in the order of base classes.
         bases = (_Unsynchronized,) if kind is nn.SyncBatchNorm else (kind, _Unsynchronized)
-        layer.__class__ = type(kind.__name__, bases, {})
+        # `unsynchronized`: read where batch norms are told apart (gkt_fast.batch_norm); a subclass may do anything.
+        layer.__class__ = type(kind.__name__, bases, {"unsynchronized": kind is nn.SyncBatchNorm})
     try:
         yield
     finally:

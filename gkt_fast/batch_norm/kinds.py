@@ -23,7 +23,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 
     A subclass isn't: its forward may do anything.
     """
-    return module.__class__ in _BATCH_NORMS or carries_activation(module)
+    known = module.__class__ in _BATCH_NORMS or getattr(module, "unsynchronized", False)
+    return known or carries_activation(module)
 
 
 def carries_activation(module: nn.Module) -> bool:

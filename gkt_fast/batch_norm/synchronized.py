@@ -21,6 +21,8 @@ def group_of(layer: nn.Module) -> dist.ProcessGroup | None:
     """The processes over which `layer` joins its batch; None: it is no SyncBatchNorm, or there is only this process."""
     if not isinstance(layer, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
         return None
+    if getattr(layer, "unsynchronized", False):
+        return None
     group = layer.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 

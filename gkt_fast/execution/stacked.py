@@ -28,7 +28,6 @@ from ..batch_norm.layer import ghost_batches, run_batch_norm_layer
 from ..batch_norm.statistics import StreamStatistics, compiled_batch_norm
 from ..network.block_order import BlockOrder
 from ..network.calls import SharedStateError
-from ..network.checkpointing import checkpoints_activations
 from ..network.discovery import observes_ranges
 from ..network.inputs import call_model
 from ..network.interception import Site, find_layers, intercept
@@ -53,8 +52,6 @@ def reason_against(network: Network, streams: Streams) -> str | None:
     reason = _norm_against(network.model)
     if reason is not None:
         return reason
-    if checkpoints_activations(network.model):
-        return "the model recomputes its activations (gradient checkpointing), stream by stream"
     layers = network.layers(streams.config.independent_noise)
     older = next((layer for layer in layers if layer.reads_back is not None), None)
     if older is not None:

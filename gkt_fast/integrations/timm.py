@@ -26,7 +26,7 @@ class GKTTask(timm.task.ClassificationTask):
     Validation, averaged weights and checkpoints see the network itself, whose state_dict keys never change; GKT's step
     counter is in the checkpoint's task state. The criterion is honoured: cross entropy with its label smoothing, and
     soft targets as from mixup, run in the fused loss; any other (binary cross entropy, for one) is GKT's `criterion`.
-    `compile` compiles the residual blocks; a model with gradient checkpointing trains as `shared`.
+    `compile` compiles the residual blocks; gradient checkpointing is timm's own.
 
     Args:
         model: the network.

@@ -33,6 +33,7 @@ from gkt_fast import GKT, GKTConfig, GKTTrainer, evaluate, recalibrate_batch_nor
 from gkt_fast.batch_norm.layer import run_batch_norm
 from gkt_fast.batch_norm.synchronized import synchronized_batch_norm
 from gkt_fast.distributed import agree, gather, reduce_sum, share, world_size
+from gkt_fast.execution import choose_execution
 from gkt_fast.models import cifar_resnet
 from gkt_fast.training.checkpoint import load_checkpoint
 from helpers.reference_step import (
@@ -423,6 +424,63 @@ def check_fully_sharded_blocks() -> None:
     with_reason(ValueError, "model is sharded by fully_shard", lambda: GKTTrainer(gkt.model, optimizer))
 
 
+def check_the_older_fsdp_is_refused_where_fully_shard_is() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    batch = parts(data(JOINED_BATCH).tensors)[dist.get_rank()]
+    losses = []
+    for mode in ("stacked", "shared", "lean", "sequential"):
+        gkt = GKT(norm_free_net(), CONFIG.replace(execution=mode))
+        wrapped = FullyShardedDataParallel(gkt, use_orig_params=True, device_id=torch.device("cpu"))
+        if mode in ("lean", "sequential"):
+            with_reason(
+                ValueError, "FullyShardedDataParallel", lambda wrapped=wrapped: wrapped(*batch, step=0)
+            )
+        else:
+            loss = wrapped(*batch, step=0).loss
+            loss.backward()
+            losses.append(loss.detach())
+    assert torch.allclose(*losses, rtol=1e-11)
+
+
+class MixesOnOneRank(nn.Module):
+    """Mixes the rows of a batch on the last rank alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if dist.get_rank() == dist.get_world_size() - 1 else x
+
+
+def check_ranks_agree_on_a_mode_that_is_wrong_on_one() -> None:
+    """Before anything of the mode runs; what changes later on is refused where it is found."""
+    batch = parts(data(JOINED_BATCH).tensors)[dist.get_rank()]
+
+    def mode_of(gkt: GKT) -> str:
+        return choose_execution(gkt.network, gkt._streams(gkt.sample(0), 0)).mode
+
+    def mixing(ddp: DistributedDataParallel) -> None:
+        block = ddp.module.model.blocks[2]
+        block.conv = nn.Sequential(MixesOnOneRank(), block.conv)
+
+    def in_states_of_their_own() -> DistributedDataParallel:
+        """Drops of any block: all blocks but the first run in several states."""
+        return DistributedDataParallel(GKT(norm_free_net(), CONFIG.replace(sampler="stochastic_depth")))
+
+    ddp = in_states_of_their_own()
+    mixing(ddp)
+    ddp(*batch, step=0).loss.backward()
+    assert mode_of(ddp.module) == "shared"
+    ddp = in_states_of_their_own()
+    ddp(*batch, step=0).loss.backward()
+    assert mode_of(ddp.module) == "stacked"
+    mixing(ddp)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        with_reason(
+            RuntimeError, "ranks can't change the mode one by one", lambda: ddp.module(*batch, step=1)
+        )
+    else:
+        ddp.module(*batch, step=1)
+
+
 def with_reason(error: type[Exception], words: str, call: Any) -> None:
     try:
         call()
@@ -462,6 +520,8 @@ TWO_RANKS_SHOW_IT = [
     "check_accumulated_batches_are_synchronised_once_per_step",
     "check_stochastic_depth_leaves_dropped_blocks_without_gradient",
     "check_fully_sharded_blocks",
+    "check_the_older_fsdp_is_refused_where_fully_shard_is",
+    "check_ranks_agree_on_a_mode_that_is_wrong_on_one",
 ]
 
 
