@@ -8,6 +8,7 @@ parameters multiplies the sum by its `grad_output`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from ..distributed import is_sharded
 from ..network.inputs import call_model, map_tensors, tensors_in
+from ..network.network import Network
 from ..ops.library import refuse_second_derivative
 
-__all__ = ["GradientSum", "deliver", "refusal_of_sharded"]
+__all__ = ["GradientSum", "deliver", "refusal_of_sharded", "tell_of_unscaled_float16"]
 
 
 def refusal_of_sharded(model: nn.Module) -> ValueError | None:
@@ -31,6 +33,20 @@ def refusal_of_sharded(model: nn.Module) -> ValueError | None:
         "reaches a block; "
         "execution='lean' and 'sequential' run several backward passes within the forward. Use 'stacked' or 'shared'"
     )
+
+
+def tell_of_unscaled_float16(network: Network, loss_scale: float | Tensor | None) -> None:
+    """Warns once where backward runs inside in float16 without a loss scale; a GradScaler outside comes too late."""
+    device = next((parameter.device.type for parameter in network.model.parameters()), "cpu")
+    if loss_scale is not None or not torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+        return
+    if torch.get_autocast_dtype(device) == torch.float16:
+        network.tell_once(
+            "execution='lean' and 'sequential' run backward inside GKT's forward, in float16 here and without a loss "
+            "scale, so that small gradients become 0: pass loss_scale=scaler.scale(torch.ones((), device=...)), or use "
+            "'stacked', 'shared' or bfloat16",
+            logging.WARNING,
+        )
 
 
 class GradientSum:

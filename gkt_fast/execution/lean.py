@@ -30,7 +30,7 @@ from ..network.interception import Site, intercept
 from ..network.network import Network
 from ..subnets.plan import Plan, make_plan
 from ..subnets.streams import Streams, place_of, stream_at
-from .gradients import GradientSum, deliver, refusal_of_sharded
+from .gradients import GradientSum, deliver, refusal_of_sharded, tell_of_unscaled_float16
 from .running_buffers import RunningBuffers
 from .states import States, _State
 from .step import Mode, StepResult
@@ -49,6 +49,7 @@ def run_lean(
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
     config = streams.config
     plan = make_plan(network.layers(config.independent_noise), streams.dropped)
+    tell_of_unscaled_float16(network, loss_scale)
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)

@@ -21,7 +21,7 @@ from ..network.interception import Site, intercept
 from ..network.network import Network
 from ..network.recomputation import recomputing
 from ..subnets.streams import Streams
-from .gradients import GradientSum, deliver, refusal_of_sharded
+from .gradients import GradientSum, deliver, refusal_of_sharded, tell_of_unscaled_float16
 from .running_buffers import RunningBuffers
 from .step import Mode, StepResult
 from .stream_loss import StreamLoss
@@ -37,6 +37,7 @@ def run_sequential(
     loss_scale: float | Tensor | None = None,
 ) -> StepResult:
     """Runs the streams one by one. The inner backward passes run on the loss times `loss_scale` (float16)."""
+    tell_of_unscaled_float16(network, loss_scale)
     gradients = GradientSum(network.model, inputs, loss_scale)
     stream_loss = StreamLoss(streams, targets)
     layers = tracking_layers(network.model)

@@ -236,3 +236,15 @@ def test_explain_shows_the_plan_and_the_choice():
     states = {line.split()[0]: int(line.split()[1]) for line in text.splitlines()[2:-3]}
     assert states["conv1"] == 1
     assert states["fc"] == len({gkt.config.seed, *map(str, gkt.sample(3)), "3-3-3"}) - 1
+
+
+@pytest.mark.parametrize("mode", ["sequential", "lean", "shared"])
+def test_float16_without_a_loss_scale_is_named_once_where_backward_runs_inside(mode, caplog):
+    gkt = GKT(cifar_resnet(8, width=4, num_classes=3), GKTConfig(groups=1, execution=mode))
+    batch = torch.randn(4, 3, 8, 8), torch.randint(3, (4,))
+    with caplog.at_level("WARNING", "gkt_fast"), torch.autocast("cpu", torch.float16):
+        gkt(*batch, loss_scale=8.0)
+        assert "loss scale" not in caplog.text
+        for _ in range(2):
+            gkt(*batch)
+    assert caplog.text.count("without a loss scale") == (mode != "shared")
