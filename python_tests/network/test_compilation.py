@@ -69,7 +69,8 @@ def resnet():
     ],
 )
 def test_a_hundred_steps_recompile_no_more_than_block_shapes(build, execution, shapes):
-    """A graph for each block shape; where the batch varies (stacked), one more with a dynamic batch."""
+    """A graph for each block shape; where the batch varies (stacked), the last is dynamic. The check of the first step
+    compiles nothing."""
     model = build()
     gkt = GKT(model, GKTConfig(groups=2, execution=execution))
     backend = CompileCounter()
@@ -81,7 +82,7 @@ def test_a_hundred_steps_recompile_no_more_than_block_shapes(build, execution, s
         output.loss.backward()
         subnets.update(map(str, output.subnets))
     assert len(subnets) > 10
-    assert backend.frame_count == (2 * shapes if execution == "stacked" else shapes)
+    assert backend.frame_count == shapes
 
 
 @pytest.mark.parametrize("execution", ["sequential", "shared", "lean"])
