@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .batch_norm.fusion import fuse_blocks
 from .config import GKTConfig
-from .execution import choose_execution, explain_step
+from .execution import Choice, choose_execution, explain_step
 from .network.discovery import Stages, as_stages
 from .network.inputs import call_model, map_tensors, model_inputs, rows_in
 from .network.network import Network
@@ -206,7 +206,11 @@ class GKT(nn.Module):
         subnets = self.sample(step)
         streams = self._streams(subnets, step)
         self.layers()
-        return explain_step(self.network, streams, subnets, step, self.expected_cost())
+        return explain_step(self.network, streams, subnets, step, self.expected_cost(), self._choice(step))
+
+    def _choice(self, step: int = 0) -> Choice:
+        """How a step runs: the mode, the reason, and what runs it."""
+        return choose_execution(self.network, self._streams(self.sample(step), step))
 
     def expected_cost(self, one_by_one: bool = False) -> float:
         """Expected cost of a step, in plain steps (gkt_fast.subnets.budget).

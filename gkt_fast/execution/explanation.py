@@ -8,13 +8,18 @@ from ..network.network import Network
 from ..subnets.plan import Plan, make_plan
 from ..subnets.streams import Streams
 from ..subnets.subnet import Subnet
-from .choice import choose_execution
+from .choice import Choice
 
 __all__ = ["explain_step"]
 
 
 def explain_step(
-    network: Network, streams: Streams, subnets: Sequence[Subnet], step: int, expected_cost: float
+    network: Network,
+    streams: Streams,
+    subnets: Sequence[Subnet],
+    step: int,
+    expected_cost: float,
+    choice: Choice,
 ) -> str:
     """A step as text: subnets, states per layer, cost, activations kept for backward, the mode that runs it and why.
 
@@ -24,9 +29,9 @@ def explain_step(
         subnets: the subnets that they run.
         step: number of the step.
         expected_cost: of a step with this configuration on average, in plain steps.
+        choice: how the step runs.
     """
     plan = make_plan(network.layers(streams.config.independent_noise), streams.dropped)
-    choice = choose_execution(network, streams)
     lines = [
         f"{type(network.model).__name__}, step {step}: {len(subnets)} subnets {', '.join(map(str, subnets))}",
         *_layer_lines(plan),
