@@ -268,7 +268,7 @@ def test_the_trainer_takes_it_and_evaluates_by_it():
     assert history[-1]["val_loss"] == pytest.approx(loss, rel=1e-5)
     right = ((logits > 0) == (labels > 0.5)).double().mean().item()
     assert history[-1]["val_accuracy"] == pytest.approx(right)
-    with pytest.raises(ValueError, match="targets are floating point"):
+    with pytest.raises(TypeError, match="accuracy is counted over class indices"):
         evaluate(model, [(images, labels)])
 
 

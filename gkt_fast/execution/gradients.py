@@ -38,9 +38,9 @@ def refusal_of_sharded(model: nn.Module) -> ValueError | None:
 def tell_of_unscaled_float16(network: Network, loss_scale: float | Tensor | None) -> None:
     """Warns once where backward runs inside in float16 without a loss scale; a GradScaler outside comes too late."""
     device = next((parameter.device.type for parameter in network.model.parameters()), "cpu")
-    if loss_scale is not None or not torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+    if loss_scale is not None or not torch.is_grad_enabled() or not torch.amp.is_autocast_available(device):
         return
-    if torch.get_autocast_dtype(device) == torch.float16:
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         network.tell_once(
             "execution='lean' and 'sequential' run backward inside GKT's forward, in float16 here and without a loss "
             "scale, so that small gradients become 0: pass loss_scale=scaler.scale(torch.ones((), device=...)), or use "

@@ -627,8 +627,8 @@ def test_what_a_checkpoint_holds_stays_readable(tmp_path):
     saved = load_checkpoint(tmp_path / "last.pt")
     assert saved["format"] == 2
     assert saved.keys() == {
-        "format", "model", "optimizer", "scheduler", "scaler", "ema", "gkt", "config", "best_accuracy",
-        "skipped_steps", "metrics", "epoch", "batches_done", "samples_per_batch", "random_states",
+        "format", "model", "optimizer", "optimizer_class", "scheduler", "scaler", "ema", "gkt", "config",
+        "best_accuracy", "skipped_steps", "metrics", "epoch", "batches_done", "samples_per_batch", "random_states",
         "epoch_random_states",
     }  # fmt: skip
     assert saved["metrics"].keys() == {"sums", "non_finite_step", "non_finite_streams"}
