@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..network.state_dicts import describe_misfit
 from .files import written_whole
 from .running_buffers import running_buffers
 from .shared_weights import LightSubnet, part_name
@@ -139,18 +140,6 @@ def check_fits(elastic: nn.Module, state: dict[str, Any], path: str | Path, kind
     Raises:
         ValueError: names or shapes differ; the message lists the first of them.
     """
-    own = elastic.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and isinstance(value, torch.Tensor) and state[key].shape != value.shape
-    ]
-    problems = [
-        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if found
-    ]
-    if problems:
-        raise ValueError(f"{path} is of another network than {kind}: {'; '.join(problems)}")
+    misfit = describe_misfit(elastic, state)
+    if misfit:
+        raise ValueError(f"{path} is of another network than {kind}: {misfit}")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..network.state_dicts import describe_misfit
+
 __all__ = [
     "CheckpointError",
     "check_model_state",
@@ -119,20 +121,6 @@ def check_model_state(model: nn.Module, state: dict[str, Any], path: str | Path)
     Raises:
         CheckpointError: names or shapes differ; the message lists the first of them.
     """
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and isinstance(value, torch.Tensor) and state[key].shape != value.shape
-    ]
-    problems = [
-        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if found
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} is of another model than {type(model).__name__}: {'; '.join(problems)}"
-        )
+    misfit = describe_misfit(model, state)
+    if misfit:
+        raise CheckpointError(f"{path} is of another model than {type(model).__name__}: {misfit}")
