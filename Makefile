@@ -1,4 +1,5 @@
 # make test    set up a virtual environment, build, lint and run every test
+# make docs    set up, then build the documentation's site in build/site
 # make demo    set up, then train plain, Stimulative Training and GKT on a small real data set
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,7 @@ BIN = $(VENV)/bin
 NATIVE_SOURCES = $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
 FORMATTED_SOURCES = $(shell find csrc kernels python_tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test lint demo bench clean
+.PHONY: test lint docs demo bench clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -15,6 +16,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py

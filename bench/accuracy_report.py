@@ -42,7 +42,7 @@ README_SETTINGS = (
     {"model": "cifar_resnet20", "train_images": "1000", "epochs": "100"},
     {"model": "cifar_resnet20", "train_images": "10000", "epochs": "15"},
 )
-"""The settings of README's table, where there are rows of them; docs/accuracy.md has all."""
+"""The settings of README's table, where there are rows of them; docs/measurements/accuracy.md has all."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def report(rows: Rows) -> str:
             f"{title_of(values['model'])} (width {values['width']}), batch {values['batch_size']}, learning rate "
             f"{values['lr']}, weight decay {values['weight_decay']}, {values['precision']}, augmentation "
             f"{values['augmentation']}, {values['test_images']} test images "
-            f"([picture](../bench/results/{picture(setting)})).\n"
+            f"([picture](../../bench/results/{picture(setting)})).\n"
         )
         parts += [f"{heading}:\n\n{markdown(table)}" for heading, table in tables(group).items()]
     return "\n".join(["", *parts, ""])
@@ -102,7 +102,7 @@ def headline(rows: Rows) -> str:
     return table_of([header, *(line for line in lines if any(line[1:]))])
 
 
-DOCUMENTS = {"README.md": readme, "docs/accuracy.md": report}
+DOCUMENTS = {"README.md": readme, "docs/measurements/accuracy.md": report}
 
 
 def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:

@@ -2,7 +2,7 @@
 
     python bench/elastic.py cost          # bench/results/elastic.csv: a ViT of 12 blocks and ResNet-56, one thread
     python bench/elastic.py fine-tune     # bench/results/elastic_fine_tuning.csv: digits
-    python bench/elastic.py picture       # docs/elastic.png: accuracy against mean time, on digits
+    python bench/elastic.py picture       # docs/pictures/elastic.png: accuracy against mean time, on digits
 
 Times are medians of calls that were measured in turn in one process; figures are ratios of them. With one thread they
 are that thread's CPU time, to which others on the machine don't add.
@@ -41,7 +41,7 @@ from gkt_fast.data import digits
 from gkt_fast.deployment.cascade import confidence_of
 from gkt_fast.models import cifar_resnet
 
-PICTURE = Path(__file__).parents[1] / "docs" / "elastic.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "elastic.png"
 DEPTHS = {
     "vit_like": [(2,), (4,), (6,), (9,), (12,)],
     "cifar_resnet56": [(1, 1, 1), (3, 3, 3), (5, 5, 5), (7, 7, 7), (9, 9, 9)],

@@ -2,8 +2,8 @@
 
     python bench/model_table.py --update
 
-writes it into docs/models.md, and its short form into README.md. Costs are expectations in plain steps with the default
-configuration (three subnets), counted in FLOPs of the networks as their libraries give them.
+writes it into docs/guide/models.md, and its short form into README.md. Costs are expectations in plain steps with
+the default configuration (three subnets), counted in FLOPs of the networks as their libraries give them.
 python_tests/network/test_model_coverage.py holds every row against the code.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--update", action="store_true", help="write the tables into docs/models.md and README.md"
+        "--update", action="store_true", help="write the tables into docs/guide/models.md and README.md"
     )
     args = parser.parse_args()
     rows = {zoo_model: row(zoo_model) for zoo_model in ZOO}

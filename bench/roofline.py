@@ -11,7 +11,7 @@ count as TF32; bfloat16 is autocast. Counts are means over steps with new subnet
 reads values. Left out are the optimizer, the same in every mode, and the few small ops by which the launchers of
 our loss prepare it on a GPU. "cpu_ms" is what launching alone costs the CPU in an eager step.
 
-Writes bench/results/roofline.csv; what it says is in docs/roofline.md.
+Writes bench/results/roofline.csv; what it says is in docs/measurements/roofline.md.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .training.schedules import LinearWarmup
     from .training.trainer import GKTTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "batch_norm.fusion": ("fuse_blocks", "unfuse_blocks"),

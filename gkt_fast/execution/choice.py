@@ -6,8 +6,8 @@
 4. Otherwise `stacked` where nothing speaks against it: every state once, in the fewest calls.
 5. Otherwise `shared`: the same states, each computed by itself.
 
-The rule is the same on a GPU: predicted bounds (docs/roofline.md) put `stacked` far ahead of `shared` where launches
-decide, in small networks, and within 3 % of it where memory does.
+The rule is the same on a GPU: predicted bounds (docs/measurements/roofline.md) put `stacked` far ahead of `shared`
+where launches decide, in small networks, and within 3 % of it where memory does.
 
 6. Where `shared` is wrong too (a head that reads what a hook kept from a block), `sequential`.
 

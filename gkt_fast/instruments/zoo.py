@@ -1,6 +1,6 @@
 """Networks of torchvision, timm and transformers whose blocks are found without configuration.
 
-Each entry builds the network as its library gives it (for the costs in docs/models.md), and a network of the same
+Each entry builds the network as its library gives it (for the costs in docs/guide/models.md), and a network of the same
 classes that is small enough to be compared with the plain loop in float64, without dropout and stochastic depth
 (python_tests/network/test_model_coverage.py).
 """

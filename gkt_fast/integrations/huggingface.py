@@ -33,7 +33,8 @@ class GKTTrainerMixin:
         gkt: GKT's hyper-parameters; None: the defaults.
         criterion: see `GKT`.
         stages: see `GKT`.
-        args, options: of the trainer.
+        *args: of the trainer.
+        **options: of the trainer.
 
     Raises:
         ValueError: the trainer's arguments ask for what GKT can't do: several GPUs in one process (DataParallel), FSDP,

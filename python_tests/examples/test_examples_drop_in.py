@@ -41,7 +41,7 @@ def body_of(script: str) -> list[str]:
 def test_each_page_shows_exactly_what_the_librarys_script_changes(library):
     lines = difflib.unified_diff(*map(body_of, PAIRS[library]), n=1, lineterm="")
     expected = ["@@" if line.startswith("@@") else line.rstrip() for line in lines][2:]
-    page = (ROOT / "docs" / f"{library}.md").read_text()
+    page = (ROOT / "docs" / "guide" / f"{library}.md").read_text()
     (shown,) = [block for block in fenced_blocks(page) if block.language == "diff"]
     assert [line.rstrip() for line in shown.text.splitlines()] == expected
 

@@ -1,4 +1,4 @@
-"""The formula of `group_knowledge_loss` (docs/algorithm.md) in float64, written row by row, apart from the package."""
+"""The formula of `group_knowledge_loss` in float64 (docs/guide/algorithm.md), row by row, apart from the package."""
 
 from __future__ import annotations
 

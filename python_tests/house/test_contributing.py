@@ -34,6 +34,7 @@ def test_the_shown_commands_are_of_known_kinds() -> None:
     [
         ("test", "-m pytest"),
         ("lint", "ruff check"),
+        ("docs", "mkdocs build"),
         ("demo", "examples/demo.py"),
         ("bench", "bench/throughput.py"),
     ],

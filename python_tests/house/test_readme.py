@@ -200,7 +200,7 @@ def test_blocks_are_of_known_languages():
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name
+    "path", [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")], ids=lambda path: path.name
 )
 def test_relative_links_lead_somewhere(path):
     assert broken_links(path, path.read_text()) == []
