@@ -67,13 +67,17 @@ def ghost_batch_norm(
     relu: bool = True,
     eps: float = 1e-5,
     running: tuple[Tensor, Tensor] | None = None,
+    lead_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, variance, and z before the activation; one ghost batch after another."""
     over, wide = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    rows = x.shape[0] // ghosts
-    results = []
-    for ghost in range(ghosts):
-        part = x[ghost * rows : (ghost + 1) * rows]
+    sizes = [x.shape[0] // ghosts] * ghosts
+    if lead_rows is not None:
+        sizes = [lead_rows, *[(x.shape[0] - lead_rows) // max(ghosts - 1, 1)] * (ghosts - 1)]
+    results, first = [], 0
+    for ghost, rows in enumerate(sizes):
+        own = slice(first, first + rows)
+        first, part = first + rows, x[own]
         values = part.numel() / part.shape[1]
         mean = part.sum(over) / values if running is None else running[0]
         centered = part - mean.reshape(wide)
@@ -81,7 +85,7 @@ def ghost_batch_norm(
         z = centered / (variance.reshape(wide) + eps).sqrt()
         z = z if weight is None else z * weight.reshape(wide)
         z = z if bias is None else z + bias.reshape(wide)
-        skip = None if residual is None else residual[ghost * rows : (ghost + 1) * rows]
+        skip = None if residual is None else residual[own]
         z = z if skip is None else z + skip
         y = z * (z > 0) if relu else z
         if keep is not None and not keep[ghost]:

@@ -45,6 +45,13 @@ def make(shape, dtype=torch.float32, layout="planes", seed=0, mean=0.5, std=2.0)
     return tensors
 
 
+def rows_of_ghosts(rows: int, ghosts: int, lead_rows: int | None) -> list[int]:
+    """Rows of each ghost batch."""
+    if lead_rows is None:
+        return [rows // ghosts] * ghosts
+    return [lead_rows, *[(rows - lead_rows) // max(ghosts - 1, 1)] * (ghosts - 1)]
+
+
 def expected(tensors, ghosts, with_residual=True, **options) -> dict[str, Tensor]:
     """Results and gradients in float64, and grad_y, set to zero where the ReLU is so near its corner that rounding
     decides."""
@@ -56,7 +63,8 @@ def expected(tensors, ghosts, with_residual=True, **options) -> dict[str, Tensor
     near = z.detach().abs() < 1e-3
     keep = options.get("keep")
     if keep is not None:
-        near &= keep.repeat_interleave(z.shape[0] // ghosts).reshape(-1, *[1] * (z.dim() - 1))
+        rows = rows_of_ghosts(z.shape[0], ghosts, options.get("lead_rows"))
+        near &= keep.repeat_interleave(torch.tensor(rows)).reshape(-1, *[1] * (z.dim() - 1))
     grad_y = tensors["grad_y"].masked_fill(near, 0) if options.get("relu", True) else tensors["grad_y"]
     y.backward(grad_y.double())
     if not with_residual:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     ghosts: int,
+    lead_rows: int | None,
     residual: Tensor | None,
     keep: Tensor | None,
     activation: str,
@@ -30,8 +33,7 @@ def check_arguments(
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (ghosts*B, C, *spatial)")
     if isinstance(ghosts, bool) or not isinstance(ghosts, (int, torch.SymInt)):
         raise TypeError(f"ghosts is {ghosts!r}; it must be an int")
-    if ghosts < 1 or x.shape[0] % ghosts != 0:
-        raise ValueError(f"ghosts is {ghosts}; it must be at least 1 and divide the {x.shape[0]} rows of x")
+    _check_rows(x, ghosts, lead_rows)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be 'relu' or 'identity'")
     if not 0 <= eps < float("inf"):
@@ -54,10 +56,36 @@ def check_arguments(
             raise ValueError(
                 "keep is given without residual; a dropped ghost batch passes its residual through"
             )
-    if running_mean is None and x.numel() == ghosts * x.shape[1] != 0:
+    if running_mean is None and x.numel():
+        rows = x.shape[0] // ghosts
+        if lead_rows is not None and ghosts > 1:
+            rows = min(lead_rows, (x.shape[0] - lead_rows) // (ghosts - 1))
+        if rows * math.prod(x.shape[2:]) == 1:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} with ghosts={ghosts}, lead_rows={lead_rows}: one value per channel and "
+                "ghost batch has no variance; training needs more than one"
+            )
+
+
+def _check_rows(x: Tensor, ghosts: int, lead_rows: int | None) -> None:
+    rows = x.shape[0]
+    if lead_rows is None:
+        if ghosts < 1 or rows % ghosts != 0:
+            raise ValueError(f"ghosts is {ghosts}; it must be at least 1 and divide the {rows} rows of x")
+        return
+    if isinstance(lead_rows, bool) or not isinstance(lead_rows, (int, torch.SymInt)):
+        raise TypeError(f"lead_rows is {lead_rows!r}; it must be an int or None")
+    if ghosts < 1:
+        raise ValueError(f"ghosts is {ghosts}; it must be at least 1")
+    if ghosts == 1:
+        if lead_rows != rows:
+            raise ValueError(f"lead_rows is {lead_rows}; the one ghost batch has all {rows} rows of x")
+        return
+    least, rest = min(rows, 1), rows - lead_rows
+    if lead_rows < least or rest < (ghosts - 1) * least or rest % (ghosts - 1) != 0:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} with ghosts={ghosts}: one value per channel and ghost batch has no "
-            "variance; training needs more than one"
+            f"lead_rows is {lead_rows}; it must be at least 1 and leave rows of x, {rows} in all, that the other "
+            f"{ghosts - 1} ghost batches can share equally"
         )
 
 

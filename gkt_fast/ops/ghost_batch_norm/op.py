@@ -9,7 +9,7 @@ g the ghost batch of a row, c its channel, and n = B * prod(spatial) values per 
 as the m states would be normalised one after another (Ghost Batch Norm: Hoffer et al. 2017, arXiv 1705.08741).
 
 Shapes: m ghost batches, B rows in each, C channels; x, residual, y (m*B, C, *spatial); weight, bias (C,);
-mean, var (m, C); keep (m,).
+mean, var (m, C); keep (m,). The first ghost batch may have another number of rows than the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd import Function
 from .. import library
 from ..dtypes import FLOAT_DTYPES, accumulation_dtype
 from ..native import native_cuda_module, native_module
-from ..registry import Implementation, register, run
+from ..registry import Implementation, register, run, run_in_plain_torch
 from .checks import check_arguments
 from .native import CppBackend, CudaBackend
 from .problem import describe, gradient_outputs, outputs, readable, readable_as
@@ -41,6 +41,7 @@ def ghost_batch_norm(
     bias: Tensor | None,
     *,
     ghosts: int,
+    lead_rows: int | None = None,
     residual: Tensor | None = None,
     keep: Tensor | None = None,
     activation: str = "relu",
@@ -59,6 +60,8 @@ def ghost_batch_norm(
         weight: (C,) in float32 (float64 for float64 x) or in x's dtype; None for 1.
         bias: as weight; None for 0.
         ghosts: m, the number of ghost batches; must divide the number of rows.
+        lead_rows: rows of the first ghost batch, if not as many as of each other one: x is then
+            (lead_rows + (m-1)*B, C, *spatial). None: all have as many.
         residual: what is added before the activation, of x's shape and dtype; None for nothing.
         keep: (m,) bool. A ghost batch with False is dropped: its y is its residual untouched (no activation), the
             gradient of y goes to the residual alone, and its x gets a gradient of zero and takes no part in the
@@ -77,7 +80,9 @@ def ghost_batch_norm(
         ValueError: a shape, device, or value is wrong, or in training a channel of a ghost batch has one value only.
         RuntimeError: its gradient is differentiated; that of `ghost_batch_norm_reference` can be.
     """
-    check_arguments(x, weight, bias, ghosts, residual, keep, activation, eps, running_mean, running_var)
+    check_arguments(
+        x, weight, bias, ghosts, lead_rows, residual, keep, activation, eps, running_mean, running_var
+    )
     dtype = accumulation_dtype(x.dtype)
     if x.dtype != dtype:
         weight, bias, running_mean, running_var = (
@@ -85,12 +90,22 @@ def ghost_batch_norm(
             for vector in (weight, bias, running_mean, running_var)
         )
     y, statistics, _ = _op(
-        x, weight, bias, residual, keep, running_mean, running_var, ghosts, activation == "relu", eps
+        x,
+        weight,
+        bias,
+        residual,
+        keep,
+        running_mean,
+        running_var,
+        ghosts,
+        activation == "relu",
+        eps,
+        lead_rows,
     )
     return y, statistics[0], statistics[2]
 
 
-def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None):
     x, channels_last = readable(x)
     y, statistics, mask = outputs(x, channels_last, ghosts, relu)
     if running_mean is not None:
@@ -101,55 +116,79 @@ def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts,
         return y, statistics if running_mean is not None else statistics.zero_(), mask
     if residual is not None:
         residual = readable_as(residual, channels_last)
-    problem = describe(x, channels_last, ghosts, relu, eps, running_mean is not None)
+    problem = describe(x, channels_last, ghosts, relu, eps, running_mean is not None, lead_rows)
     tensors = x, residual, weight, bias, keep, y, statistics, mask
-    run(NAME, x.device.type, x.dtype, lambda backend: backend.forward(problem, *tensors))
+    _run(problem, x, lambda backend: backend.forward(problem, *tensors))
     return y, statistics, mask
 
 
-def _fake_forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
+def _run(problem, x, call):
+    if problem.lead_rows != problem.sizes[1]:
+        return run_in_plain_torch(NAME, "ghost batches of unequal rows", call)
+    return run(NAME, x.device.type, x.dtype, call)
+
+
+def _fake_forward(
+    x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None
+):
     return outputs(*readable(x), ghosts, relu)
 
 
-def _backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
+def _backward(
+    grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows=None
+):
     x, channels_last = readable(x)
     gradients = grad_x, grad_residual, grad_weight, grad_bias = gradient_outputs(x, statistics, residual)
     if x.numel() == 0:
         grad_weight.zero_(), grad_bias.zero_()
         return gradients
-    problem = describe(x, channels_last, ghosts, relu, eps, use_running)
+    problem = describe(x, channels_last, ghosts, relu, eps, use_running, lead_rows)
     saved = readable_as(grad_y, channels_last), x, weight, statistics, mask, keep
     filled = grad_x, grad_residual if residual else None, grad_weight, grad_bias
-    run(NAME, x.device.type, x.dtype, lambda backend: backend.backward(problem, *saved, *filled))
+    _run(problem, x, lambda backend: backend.backward(problem, *saved, *filled))
     return gradients
 
 
-def _fake_backward(grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual):
+def _fake_backward(
+    grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows=None
+):
     return gradient_outputs(readable(x)[0], statistics, residual)
 
 
 class _Differentiated(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps):
-        inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps
+    def forward(
+        ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None
+    ):
+        inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows
         y, statistics, mask = library.below_autograd(_op, *inputs)
         ctx.mark_non_differentiable(statistics, mask)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, statistics, mask, keep)
         ctx.options = ghosts, relu, eps, running_mean is not None
+        ctx.lead_rows = lead_rows
         return y, statistics, mask
 
     @staticmethod
     def backward(ctx, grad_y, *_: None):
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * 11
         x, weight, statistics, mask, keep = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         own_residual = needs_residual and ctx.options[1]  # without ReLU it is the gradient of y
         grad_x = grad_residual = grad_weight = grad_bias = None
         if needs_x or needs_weight or needs_bias or own_residual:
             gradients = library.below_autograd(
-                _backward_op, grad_y, x, weight, statistics, mask, keep, *ctx.options, own_residual
+                _backward_op,
+                grad_y,
+                x,
+                weight,
+                statistics,
+                mask,
+                keep,
+                *ctx.options,
+                own_residual,
+                ctx.lead_rows,
             )
             if torch.is_grad_enabled():
                 through = (grad_y, x) if weight is None else (grad_y, x, weight)
@@ -160,7 +199,7 @@ class _Differentiated(Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             grad_residual if own_residual else grad_y if needs_residual else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -174,14 +213,14 @@ for _implementation in (
 
 _op = library.define(
     f"{NAME}(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? keep, "
-    "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps) "
+    "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps, SymInt? lead_rows=None) "
     "-> (Tensor y, Tensor statistics, Tensor mask)",
     _forward,
     _fake_forward,
 )
 _backward_op = library.define(
     f"{NAME}_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor statistics, Tensor mask, "
-    "Tensor? keep, int ghosts, bool relu, float eps, bool use_running, bool residual) "
+    "Tensor? keep, int ghosts, bool relu, float eps, bool use_running, bool residual, SymInt? lead_rows=None) "
     "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     _backward,
     _fake_backward,

@@ -15,6 +15,7 @@ from ..dtypes import accumulation_dtype
 __all__ = [
     "Problem",
     "describe",
+    "equal_parts",
     "gradient_outputs",
     "mask_size",
     "outputs",
@@ -27,7 +28,8 @@ __all__ = [
 class Problem(NamedTuple):
     """What a backend is told besides tensors. x, residual and the gradients are all in one layout."""
 
-    sizes: tuple[int, int, int, int]  # ghost batches, rows of one, channels, positions
+    sizes: tuple[int, int, int, int]  # ghost batches, rows of each but the first, channels, positions
+    lead_rows: int  # of the first ghost batch
     dtype: torch.dtype
     channels_last: bool
     ghosts: int
@@ -36,13 +38,54 @@ class Problem(NamedTuple):
     use_running: bool
 
 
+class Part(NamedTuple):
+    """Ghost batches of as many rows each: the problem that they are, and where they lie in the whole one."""
+
+    problem: Problem
+    ghosts: slice
+    rows: slice
+
+    def of_rows(self, tensor: Tensor | None) -> Tensor | None:
+        """A view of (rows of all ghost batches, ...); None of None."""
+        return None if tensor is None else tensor[self.rows]
+
+    def of_ghosts(self, tensor: Tensor | None, dim: int = 0) -> Tensor | None:
+        """A view of a tensor with the ghost batches in `dim`; None of None."""
+        return None if tensor is None else tensor.narrow(dim, self.ghosts.start, self.problem.ghosts)
+
+
+def equal_parts(problem: Problem) -> tuple[Part, ...]:
+    """The first ghost batch and the others, or all of them where they have as many rows."""
+    ghosts, rows, *rest = problem.sizes
+    lead = problem.lead_rows
+    if lead == rows:
+        return (Part(problem, slice(0, ghosts), slice(0, ghosts * rows)),)
+    first = problem._replace(sizes=(1, lead, *rest), ghosts=1)
+    others = problem._replace(sizes=(ghosts - 1, rows, *rest), ghosts=ghosts - 1, lead_rows=rows)
+    return (
+        Part(first, slice(0, 1), slice(0, lead)),
+        Part(others, slice(1, ghosts), slice(lead, lead + (ghosts - 1) * rows)),
+    )
+
+
 def describe(
-    x: Tensor, channels_last: bool, ghosts: int, relu: bool, eps: float, use_running: bool
+    x: Tensor,
+    channels_last: bool,
+    ghosts: int,
+    relu: bool,
+    eps: float,
+    use_running: bool,
+    lead_rows: int | None = None,
 ) -> Problem:
-    """The problem for an x in this layout."""
+    """The problem for an x in this layout; `lead_rows` as of `ghost_batch_norm`."""
     shape = x.shape
-    sizes = (ghosts, shape[0] // ghosts, shape[1], math.prod(shape[2:]))
-    return Problem(sizes, x.dtype, channels_last, ghosts, relu, eps, use_running)
+    rows = shape[0] // ghosts
+    if lead_rows is None:
+        lead_rows = rows
+    elif ghosts > 1:
+        rows = (shape[0] - lead_rows) // (ghosts - 1)
+    sizes = (ghosts, rows, shape[1], math.prod(shape[2:]))
+    return Problem(sizes, lead_rows, x.dtype, channels_last, ghosts, relu, eps, use_running)
 
 
 def mask_size(shape: tuple[int, ...], channels_last: bool) -> int:

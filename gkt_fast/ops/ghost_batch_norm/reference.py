@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from .problem import Problem, describe
+from .problem import Part, Problem, describe, equal_parts
 
 __all__ = ["TorchBackend", "ghost_batch_norm_reference"]
 
@@ -18,6 +18,7 @@ def ghost_batch_norm_reference(
     bias: Tensor | None,
     *,
     ghosts: int,
+    lead_rows: int | None = None,
     residual: Tensor | None = None,
     keep: Tensor | None = None,
     activation: str = "relu",
@@ -26,19 +27,36 @@ def ghost_batch_norm_reference(
     running_var: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch, differentiable by autograd as often as wanted; arguments of `ghost_batch_norm`."""
-    problem = describe(x, False, ghosts, activation == "relu", eps, running_mean is not None)
+    problem = describe(x, False, ghosts, activation == "relu", eps, running_mean is not None, lead_rows)
+    running = None if running_mean is None else (running_mean, running_var)
+    parts = [_reference_part(part, x, weight, bias, residual, keep, running) for part in equal_parts(problem)]
+    ys, means, variances = zip(*parts, strict=True)
+    y = torch.cat(ys) if len(ys) > 1 else ys[0].reshape(x.shape)
+    return y.to(x.dtype), torch.cat(means).detach(), torch.cat(variances).detach()
+
+
+def _reference_part(
+    part: Part,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and variance of ghost batches of as many rows."""
+    problem, x, residual, keep = part.problem, part.of_rows(x), part.of_rows(residual), part.of_ghosts(keep)
     values = _by_ghost(x, problem)
-    if running_mean is not None:
-        mean, var = (r.to(values.dtype).expand(ghosts, -1) for r in (running_mean, running_var))
+    if running is not None:
+        mean, var = (r.to(values.dtype).expand(problem.ghosts, -1) for r in running)
         statistics = mean, torch.zeros_like(mean), var
     elif x.numel() == 0:
-        statistics = values.new_zeros(3, ghosts, x.shape[1]).unbind()
+        statistics = values.new_zeros(3, problem.ghosts, x.shape[1]).unbind()
     else:
         statistics = _statistics(values)
     z = _before_activation(values, statistics, weight, bias, residual, problem)
-    y = _activated(z, residual, keep, problem)
     mean, _, var = statistics
-    return y.reshape(x.shape).to(x.dtype), mean.detach().clone(), var.detach().clone()
+    return _activated(z, residual, keep, problem).reshape(x.shape), mean, var
 
 
 class TorchBackend:
@@ -48,6 +66,14 @@ class TorchBackend:
     """
 
     def forward(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
+        for part in equal_parts(problem):
+            rows, ghosts = part.of_rows, part.of_ghosts
+            self._forward_part(
+                part.problem, rows(x), rows(residual), weight, bias, ghosts(keep), rows(y),
+                ghosts(statistics, 1), _mask_of(mask, problem, part),
+            )  # fmt: skip
+
+    def _forward_part(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
         values = _by_ghost(x, problem)
         if not problem.use_running:
             torch.stack(_statistics(values), out=statistics)
@@ -71,6 +97,30 @@ class TorchBackend:
         grad_weight,
         grad_bias,
     ) -> None:
+        grad_weight.zero_(), grad_bias.zero_()
+        for part in equal_parts(problem):
+            rows, ghosts = part.of_rows, part.of_ghosts
+            self._backward_part(
+                part.problem, rows(grad_y), rows(x), weight, ghosts(statistics, 1),
+                _mask_of(mask, problem, part), ghosts(keep), rows(grad_x), rows(grad_residual),
+                grad_weight, grad_bias,
+            )  # fmt: skip
+
+    def _backward_part(
+        self,
+        problem: Problem,
+        grad_y,
+        x,
+        weight,
+        statistics,
+        mask,
+        keep,
+        grad_x,
+        grad_residual,
+        grad_weight,
+        grad_bias,
+    ) -> None:
+        """Adds to the gradients of weight and bias."""
         dz = _by_ghost(grad_y, problem)
         if problem.relu:
             dz = torch.where(_unpack(mask, problem), dz, 0)
@@ -80,8 +130,8 @@ class TorchBackend:
             dz = torch.where(_per_ghost(keep), dz, 0)
         normalized = _normalized(_by_ghost(x, problem), statistics.unbind(), problem.eps)
         sums, products = dz.sum((1, 3)), (dz * normalized).sum((1, 3))  # (m, C)
-        grad_bias.copy_(sums.sum(0))
-        grad_weight.copy_(products.sum(0))
+        grad_bias.add_(sums.sum(0))
+        grad_weight.add_(products.sum(0))
         if not problem.use_running:
             n = dz.shape[1] * dz.shape[3]
             dz = dz - (sums[:, None, :, None] + normalized * products[:, None, :, None]) / n
@@ -135,6 +185,13 @@ def _activated(z: Tensor, residual: Tensor | None, keep: Tensor | None, problem:
 
 
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def _mask_of(mask: Tensor, problem: Problem, part: Part) -> Tensor:
+    """A part's bits, which lie row by row; empty without ReLU."""
+    ghosts, rows, *_ = problem.sizes
+    bytes_of_row = mask.numel() // (problem.lead_rows + (ghosts - 1) * rows)
+    return mask[part.rows.start * bytes_of_row : part.rows.stop * bytes_of_row]
 
 
 def _pack(passed: Tensor, problem: Problem) -> Tensor:
