@@ -18,7 +18,7 @@ __all__ = ["GroupKnowledgeLoss", "NormalizedCrossEntropy"]
 class GroupKnowledgeLoss(nn.Module):
     """`group_knowledge_loss` with its options kept; the arguments have its names and defaults.
 
-    `forward(logits, targets)` returns the loss and the terms, for logits (S, B, C, *spatial).
+    `forward(logits, targets, full_logits=None)` returns the loss and the terms, for logits (S, B, C, *spatial).
 
     Raises:
         TypeError, ValueError: an option is wrong, see `gkt_fast.ops.LossOptions`.
@@ -28,8 +28,10 @@ class GroupKnowledgeLoss(nn.Module):
         super().__init__()
         self.options = LossOptions(**fields)
 
-    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return group_knowledge_loss(logits, targets, options=self.options)
+    def forward(
+        self, logits: Tensor, targets: Tensor, full_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return group_knowledge_loss(logits, targets, full_logits=full_logits, options=self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.options).items())

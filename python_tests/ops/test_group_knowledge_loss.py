@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 from cuda_host import build
 from helpers.backends import running_on, unavailable
-from helpers.group_knowledge_loss_formula import expected, relative_norm
+from helpers.group_knowledge_loss_formula import expected, relative_norm, rounding_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,14 +28,6 @@ def backend(request):
         build.register("group_knowledge_loss", CudaBackend)
     with running_on("group_knowledge_loss", request.param):
         yield request.param
-
-
-def rounding_error(wanted, dtype):
-    """Relative error of the exact gradient in this dtype: rounded, or as Triton's interpreter does, truncated."""
-    truncates = registry.requested_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if truncates and dtype == torch.bfloat16:
-        return relative_norm((wanted.float().view(torch.int32) & -65536).view(torch.float32), wanted)
-    return relative_norm(wanted.to(dtype), wanted)
 
 
 def skip_without(backend, dtype):

@@ -33,8 +33,8 @@ def backend(request):
         yield request.param
 
 
-def op_arguments(logits, targets, with_gradient=True, **options):
-    return (logits, targets, *LossOptions(**options).flatten(), with_gradient, 1.0)
+def op_arguments(logits, targets, with_gradient=True, full_logits=None, **options):
+    return (logits, targets, full_logits, *LossOptions(**options).flatten(), with_gradient, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -90,7 +90,7 @@ def test_autocast(backend):
 def test_no_gradient_is_computed_where_none_is_needed():
     with running_on("group_knowledge_loss", "cpp"):
         logits, targets = problem(4, 6, 9)
-        loss, _, gradient = OP(*op_arguments(logits, targets, with_gradient=False))
+        loss, _, gradient, _ = OP(*op_arguments(logits, targets, with_gradient=False))
         assert gradient.numel() == 0
         with torch.no_grad():
             again, _ = group_knowledge_loss(logits.requires_grad_(), targets)

@@ -137,7 +137,7 @@ def test_an_isolated_registry():
 def test_options_become_arguments_of_an_op_and_back():
     assert LossOptions.unflatten(OPTIONS.flatten()) == OPTIONS
     schema = torch.ops.gkt_fast.group_knowledge_loss.default._schema
-    names = [argument.name for argument in schema.arguments][2:-2]
+    names = [argument.name for argument in schema.arguments][3:-2]
     assert [getattr(OPTIONS, name) for name in names] == list(OPTIONS.flatten())
 
 

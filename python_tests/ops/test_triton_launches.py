@@ -72,8 +72,9 @@ def _run_losses() -> None:
                 targets = torch.zeros(shape[1:] if probabilities else (3, *spatial), dtype=torch.int64)
                 targets = targets.float() if probabilities else targets
                 problem = Problem(LossOptions(groups=groups, loops=loops), 1.0)
-                loss, terms, written = outputs(logits, gradient)
-                backend.forward(problem, logits, targets, loss, terms, written if gradient else None)
+                loss, terms, written, _ = outputs(logits, None, gradient)
+                written = written if gradient else None
+                backend.forward(problem, logits, targets, None, loss, terms, written, None)
 
 
 def _run_norms() -> None:

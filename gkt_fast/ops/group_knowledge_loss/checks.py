@@ -15,6 +15,7 @@ __all__ = [
     "Check",
     "boolean",
     "check_class_indices",
+    "check_full_logits",
     "check_streams",
     "check_tensors",
     "check_values",
@@ -68,37 +69,66 @@ positive = _number(lambda x: 0 < x < math.inf, "positive and finite")
 weight = _number(lambda x: 0 <= x < math.inf, "finite and not negative")
 
 
-def check_streams(logits: Tensor, groups: int, loops: int) -> None:
+def check_streams(logits: Tensor, groups: int, loops: int, full_logits: Tensor | None) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits is a {type(logits).__name__}; it must be a tensor")
     if logits.dim() < 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (S, B, C, *spatial)")
-    if logits.shape[0] != 1 + loops * groups:
+    if full_logits is not None:
+        if logits.shape[0] != loops * groups:
+            raise ValueError(
+                f"logits has {logits.shape[0]} streams (its first dimension); beside full_logits it must have those of "
+                f"the subnets alone, loops * groups = {loops * groups} for loops={loops} and groups={groups}"
+            )
+    elif logits.shape[0] != 1 + loops * groups:
         raise ValueError(
             f"logits has {logits.shape[0]} streams (its first dimension); it must have 1 + loops * groups = "
             f"{1 + loops * groups} for loops={loops} and groups={groups}"
         )
 
 
-def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim: int) -> None:
+def check_full_logits(full_logits: Tensor, logits: Tensor) -> None:
+    """Checks the full network's logits (B, C, *spatial) against the subnets' (S - 1, m, C, *spatial)."""
+    if not isinstance(full_logits, Tensor):
+        raise TypeError(f"full_logits is a {type(full_logits).__name__}; it must be a tensor")
+    for what in ("dtype", "device"):
+        if getattr(full_logits, what) != getattr(logits, what):
+            raise ValueError(
+                f"full_logits has {what} {getattr(full_logits, what)}; it must be that of logits, "
+                f"{getattr(logits, what)}"
+            )
+    if full_logits.shape[1:] != logits.shape[2:]:
+        raise ValueError(
+            f"full_logits has shape {tuple(full_logits.shape)}; it must be "
+            f"(B, {', '.join(map(str, logits.shape[2:]))}) for subnets' logits of shape {tuple(logits.shape)}"
+        )
+    if full_logits.shape[0] < logits.shape[1]:
+        raise ValueError(
+            f"full_logits has a batch of {full_logits.shape[0]}; the subnets' {logits.shape[1]} must be its first ones"
+        )
+
+
+def check_tensors(
+    logits: Tensor, targets: Tensor, ignore_index: int, class_dim: int, name: str = "logits"
+) -> None:
     """Checks targets and logits, whose classes are at `class_dim`: 1 for one stream, 2 for several."""
-    for name, tensor in (("logits", logits), ("targets", targets)):
+    for argument, tensor in ((name, logits), ("targets", targets)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+            raise TypeError(f"{argument} is a {type(tensor).__name__}; it must be a tensor")
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"logits is {logits.dtype}; it must be float32, float64, bfloat16 or float16")
+        raise TypeError(f"{name} is {logits.dtype}; it must be float32, float64, bfloat16 or float16")
     if logits.dim() <= class_dim:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (B, C, *spatial)")
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; it must be (B, C, *spatial)")
     shape = logits.shape[class_dim - 1 :]
     if shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must have at least one class")
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; it must have at least one class")
     if targets.device != logits.device:
-        raise ValueError(f"targets is on {targets.device}; it must be on {logits.device}, as logits is")
+        raise ValueError(f"targets is on {targets.device}; it must be on {logits.device}, as {name} is")
     if targets.is_floating_point():
         if targets.shape != shape:
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)}; class probabilities must have shape "
-                f"{tuple(shape)} for logits of shape {tuple(logits.shape)}"
+                f"{tuple(shape)} for {name} of shape {tuple(logits.shape)}"
             )
         if targets.requires_grad:
             raise ValueError("targets requires gradients; the loss has none for it, so it must be detached")
@@ -115,7 +145,7 @@ def check_tensors(logits: Tensor, targets: Tensor, ignore_index: int, class_dim:
     if targets.shape != expected:
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}; class indices must have shape "
-            f"{tuple(expected)} for logits of shape {tuple(logits.shape)}{_hint(targets, shape)}"
+            f"{tuple(expected)} for {name} of shape {tuple(logits.shape)}{_hint(targets, shape)}"
         )
 
 

@@ -26,9 +26,11 @@ class CppBackend:
         problem: Problem,
         logits: Tensor,
         targets: Tensor,
+        full_logits: Tensor | None,
         loss: Tensor,
         terms: Tensor,
         gradient: Tensor | None,
+        full_gradient: Tensor | None,
     ) -> None:
         targets = _readable(targets, loss)
         parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)
@@ -47,9 +49,11 @@ class CudaBackend:
         problem: Problem,
         logits: Tensor,
         targets: Tensor,
+        full_logits: Tensor | None,
         loss: Tensor,
         terms: Tensor,
         gradient: Tensor | None,
+        full_gradient: Tensor | None,
     ) -> None:
         options = problem.options
         if logits.is_cuda:  # CUDA on the host takes CPU tensors

@@ -11,8 +11,10 @@ s of group g, in order:
 
     loss = ce_weight * CE(z_0) + kd_weight * sum_s kd_s + subnet_ce_weight * sum_s CE(z_s)
 
-Shapes: S streams, S = 1 + loops * groups; B batch; C classes; a row is one sample, or one position of a dense
-prediction, so that B * prod(spatial) rows of C classes belong to each stream.
+Shapes: S streams, S = 1 + loops * groups; B batch; m the subnets' batch, the first m of it; C classes; a row is one
+sample, or one position of a dense prediction, so that B * prod(spatial) rows of C classes belong to the full network
+and m * prod(spatial) to each subnet. Means are over a stream's own rows. m = B unless the full network's logits come
+apart.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .. import library
 from ..dtypes import FLOAT_DTYPES
 from ..native import native_cuda_module, native_module
 from ..registry import Implementation, register, run, run_in_plain_torch
-from .checks import check_streams, check_tensors, check_values, overflows
+from .checks import check_full_logits, check_streams, check_tensors, check_values, overflows
 from .native import CppBackend, CudaBackend
 from .options import SCHEMA, LossOptions, lists_options, loss_options
 from .problem import Problem, outputs
@@ -46,6 +48,7 @@ def group_knowledge_loss(
     logits: Tensor,
     targets: Tensor,
     *,
+    full_logits: Tensor | None = None,
     options: LossOptions | None = None,
     **fields: int | float | bool | str,
 ) -> tuple[Tensor, Tensor]:
@@ -54,10 +57,13 @@ def group_knowledge_loss(
     Args:
         logits: (S, B, C, *spatial), S = 1 + loops * groups, in the order full network, then per loop the
             subnets of group 1 to `groups`. float32, float64, bfloat16 or float16, any strides. Low
-            precision is computed in float32.
+            precision is computed in float32. Beside `full_logits`: the subnets alone, (S - 1, m, C, *spatial), m <= B.
         targets: class indices (B, *spatial), int64, or class probabilities (B, C, *spatial), floating point
             and without gradient. Class indices must lie in [0, C) or equal `ignore_index`. Probabilities
-            are taken as they are, as torch's cross_entropy does.
+            are taken as they are, as torch's cross_entropy does. Subnets use the first m.
+        full_logits: the full network's logits (B, C, *spatial), of the same dtype as `logits` and with strides of their
+            own, when the subnets ran on the first m of the batch only; the first m of them teach. None: they are
+            the first of `logits`.
         options: the options of the loss; None: the defaults.
         fields: fields of `LossOptions`, by name, which replace those of `options`: groups, loops, ema, temperature,
             normalize_logits, eps, ce_weight, kd_weight, subnet_ce_weight, ignore_index, label_smoothing,
@@ -75,11 +81,16 @@ def group_knowledge_loss(
         RuntimeError: its gradient is differentiated; that of `group_knowledge_loss_reference` can be.
     """
     o = loss_options(options, **fields)
-    check_streams(logits, o.groups, o.loops)
-    check_tensors(logits, targets, o.ignore_index, class_dim=2)
-    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    check_streams(logits, o.groups, o.loops, full_logits)
+    if full_logits is None:
+        check_tensors(logits, targets, o.ignore_index, class_dim=2)
+        with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    else:
+        check_full_logits(full_logits, logits)
+        check_tensors(full_logits, targets, o.ignore_index, class_dim=1, name="full_logits")
+        with_gradient = (logits.requires_grad or full_logits.requires_grad) and torch.is_grad_enabled()
     scale = _gradient_scale(logits, o.ce_weight, o.kd_weight * o.temperature, o.subnet_ce_weight)
-    loss, terms, _ = _op(logits, targets, *o.flatten(), with_gradient, scale)
+    loss, terms, _, _ = _op(logits, targets, full_logits, *o.flatten(), with_gradient, scale)
     return loss, terms
 
 
@@ -88,21 +99,31 @@ def _gradient_scale(logits: Tensor, *weights: float) -> float:
 
     float16 would lose the small gradients of a mean over many rows before a loss scale can reach them.
     """
-    rows, largest = logits.numel() // (logits.shape[0] * logits.shape[2]), max(weights)
+    rows, largest = logits.shape[1] * math.prod(logits.shape[3:]), max(weights)
     if logits.dtype != torch.float16 or rows == 0 or largest == 0:
         return 1.0
     return 2.0 ** math.floor(math.log2(64 * rows / largest))
 
 
-def _forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    logits: Tensor, targets: Tensor, full_logits: Tensor | None, *values: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *flat, with_gradient, gradient_scale = values
     problem = Problem(LossOptions.unflatten(tuple(flat)), gradient_scale)
     normalize = problem.options.normalize_logits
     check_values(logits, targets, normalize, class_dim=2)
-    loss, terms, gradient = outputs(logits, with_gradient)
-    tensors = logits, targets, loss, terms, gradient if with_gradient else None
+    if full_logits is not None:
+        check_values(full_logits, targets, normalize, class_dim=1)
+    loss, terms, gradient, full_gradient = outputs(logits, full_logits, with_gradient)
+    gradients = (
+        gradient if with_gradient else None,
+        full_gradient if with_gradient and full_logits is not None else None,
+    )
+    tensors = logits, targets, full_logits, loss, terms, *gradients
     if problem.options.distillation == "sigmoid":
         run_in_plain_torch(NAME, "distillation='sigmoid'", lambda backend: backend.forward(problem, *tensors))
+    elif full_logits is not None:
+        run_in_plain_torch(NAME, "full_logits", lambda backend: backend.forward(problem, *tensors))
     else:
         run(
             NAME,
@@ -112,38 +133,52 @@ def _forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, 
         )
     if normalize and logits.numel():  # as the reference; the kernels' sums may hide it, their gradients don't
         loss.masked_fill_(overflows(logits, class_dim=2), math.nan)
-    return loss, terms, gradient
+        if full_logits is not None:
+            loss.masked_fill_(overflows(full_logits, class_dim=1), math.nan)
+    return loss, terms, gradient, full_gradient
 
 
-def _fake_forward(logits: Tensor, targets: Tensor, *values: object) -> tuple[Tensor, Tensor, Tensor]:
-    return outputs(logits, with_gradient=values[-2])
+def _fake_forward(
+    logits: Tensor, targets: Tensor, full_logits: Tensor | None, *values: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return outputs(logits, full_logits, with_gradient=values[-2])
 
 
 class _Differentiated(Function):
     """The gradient is a result of the op, so that the logits are read once; backward scales it."""
 
     @staticmethod
-    def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor]:
-        loss, terms, gradient = library.below_autograd(_op, *inputs)
-        ctx.mark_non_differentiable(terms, gradient)
+    def forward(ctx, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss, terms, *gradients = library.below_autograd(_op, *inputs)
+        ctx.mark_non_differentiable(terms, *gradients)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, loss)
+        ctx.save_for_backward(*gradients, loss)
+        ctx.apart = inputs[2] is not None
         ctx.unscale = 1 / inputs[-1]
-        return loss, terms, gradient
+        return loss, terms, *gradients
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor | None, *_: None) -> tuple:
         if grad_loss is None:
-            return None, *_NO_GRADIENTS
-        gradient, loss = ctx.saved_tensors
+            return None, None, None, *_NO_GRADIENTS
+        *gradients, loss = ctx.saved_tensors
+        gradients = tuple(gradients) if ctx.apart else (gradients[0],)
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
-            (gradient,) = library.refuse_second_derivative(NAME, (gradient,), through=(loss,))
-        elif type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
-            return _scale_in_place(gradient, grad_loss, ctx.unscale), *_NO_GRADIENTS
+            gradients = library.refuse_second_derivative(NAME, gradients, through=(loss,))
+        elif all(type(gradient) is Tensor for gradient in gradients) and last:
+            return _in_place_of_inputs([_scale_in_place(g, grad_loss, ctx.unscale) for g in gradients])
         factor = grad_loss * ctx.unscale
-        if gradient.dtype != factor.dtype:  # as a scalar it would be rounded to the gradient's dtype first
+        if (
+            gradients[0].dtype != factor.dtype
+        ):  # as a scalar it would be rounded to the gradient's dtype first
             factor = factor.reshape(1)
-        return (gradient * factor).to(gradient.dtype), *_NO_GRADIENTS
+        return _in_place_of_inputs([(gradient * factor).to(gradient.dtype) for gradient in gradients])
+
+
+def _in_place_of_inputs(gradients: list[Tensor]) -> tuple:
+    """One gradient per input of the op, None where there is none."""
+    return gradients[0], None, gradients[1] if len(gradients) == 2 else None, *_NO_GRADIENTS
 
 
 def _scale_in_place(gradient: Tensor, grad_loss: Tensor, unscale: float) -> Tensor:
@@ -166,10 +201,10 @@ for _implementation in (
     register(_implementation)
 
 _op = library.define(
-    f"{NAME}(Tensor logits, Tensor targets, {SCHEMA}, bool with_gradient, float gradient_scale) "
-    "-> (Tensor loss, Tensor terms, Tensor gradient)",
+    f"{NAME}(Tensor logits, Tensor targets, Tensor? full_logits, {SCHEMA}, bool with_gradient, float gradient_scale) "
+    "-> (Tensor loss, Tensor terms, Tensor gradient, Tensor full_gradient)",
     _forward,
     _fake_forward,
 )
-_NO_GRADIENTS = (None,) * (len(_op._schema.arguments) - 1)
+_NO_GRADIENTS = (None,) * (len(_op._schema.arguments) - 3)
 library.differentiate(_op, _Differentiated)

@@ -20,11 +20,18 @@ class Problem(NamedTuple):
     gradient_scale: float
 
 
-def outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the loss, the terms (S,), and the gradient of the loss, of logits' shape; empty without one."""
+def outputs(
+    logits: Tensor, full_logits: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the loss, the terms (S,), and the loss's gradients by `logits` and `full_logits`.
+
+    The gradients have the shapes of what they belong to; one that is not wanted is empty.
+    """
     dtype = accumulation_dtype(logits.dtype)
+    streams = logits.shape[0] + (full_logits is not None)
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty(logits.shape[0], dtype=dtype),
+        logits.new_empty(streams, dtype=dtype),
         torch.empty_like(logits) if with_gradient else logits.new_empty(0),
+        torch.empty_like(full_logits) if with_gradient and full_logits is not None else logits.new_empty(0),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..library import differentiable
-from .checks import check_class_indices, check_streams, check_tensors, check_values
+from .checks import check_class_indices, check_full_logits, check_streams, check_tensors, check_values
 from .options import LossOptions, lists_options, loss_options
 from .problem import Problem
 
@@ -19,8 +19,9 @@ __all__ = ["GroupKnowledge", "TorchBackend", "group_knowledge_loss_reference"]
 class GroupKnowledge:
     """The loss one stream at a time, in plain torch: the terms, and the knowledge that they leave behind.
 
-    Made anew for each training step. Logits here are one stream's: (B, C, *spatial). Low precision is computed in
-    float32. The weights of the terms, `groups` and `loops` are left to the caller:
+    Made anew for each training step. Logits here are one stream's: (B, C, *spatial), those of subnets also (m, C,
+    *spatial), the first m of the batch. Low precision is computed in float32. The weights of the terms, `groups` and
+    `loops` are left to the caller:
 
         knowledge = GroupKnowledge(ema=0.5)
         loss = ce_weight * knowledge.full(logits, targets)
@@ -53,17 +54,29 @@ class GroupKnowledge:
     def subnet(self, logits: Tensor, targets: Tensor, group: int) -> Tensor:
         """Returns kd of a subnet of `group` against group - 1, a scalar, not weighted; updates K_group.
 
+        The subnet's logits may be of the first m of the batch. The mean is then over them, and of the teacher and of
+        targets for the whole batch the first m are taken.
+
         Raises:
-            ValueError: `group` isn't positive, or nothing was stored yet for the group before it.
+            ValueError: `group` isn't positive, nothing was stored yet for the group before it, or it was stored for
+                fewer than m of the batch.
         """
         if group < 1 or group - 1 not in self._knowledge:
             raise ValueError(
                 f"group is {group}; it must be at least 1, and a stream of group {group - 1} must come first"
             )
+        teacher = self._knowledge[group - 1]
+        if isinstance(targets, Tensor) and targets.shape[:1] == self._knowledge[0].shape[:1]:
+            targets = targets[: logits.shape[0]]
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
         check_values(logits, targets, self.options.normalize_logits, class_dim=1)
+        if teacher.shape[0] < logits.shape[0]:
+            raise ValueError(
+                f"logits has a batch of {logits.shape[0]}; it must be at most that of group {group - 1}, "
+                f"{teacher.shape[0]}"
+            )
         normalized = self._normalized(logits)
-        log_p = self._log_soft_labels(self._knowledge[group - 1])
+        log_p = self._log_soft_labels(teacher[: logits.shape[0]])
         log_q = self._log_soft_labels(normalized)
         divergence = _divergence(log_p, log_q)
         if self.options.distill_ignored or targets.is_floating_point():
@@ -120,21 +133,27 @@ def group_knowledge_loss_reference(
     logits: Tensor,
     targets: Tensor,
     *,
+    full_logits: Tensor | None = None,
     options: LossOptions | None = None,
     **fields: int | float | bool | str,
 ) -> tuple[Tensor, Tensor]:
     """`group_knowledge_loss` in plain torch: same arguments and results, differentiated by autograd."""
     o = loss_options(options, **fields)
-    check_streams(logits, o.groups, o.loops)
+    check_streams(logits, o.groups, o.loops, full_logits)
+    if full_logits is None:
+        full_logits, logits = logits[0], logits[1:]
+    else:
+        check_full_logits(full_logits, logits)
     knowledge = GroupKnowledge(options=o)
-    terms = [knowledge.full(logits[0], targets)]
+    terms = [knowledge.full(full_logits, targets)]
     weighted = [o.ce_weight * terms[0]] if o.ce_weight else []
-    for stream in range(1, logits.shape[0]):
-        terms.append(knowledge.subnet(logits[stream], targets, group=(stream - 1) % o.groups + 1))
+    targets = targets[: logits.shape[1]]
+    for index, subnet in enumerate(logits):
+        terms.append(knowledge.subnet(subnet, targets, group=index % o.groups + 1))
         if o.kd_weight:
             weighted.append(o.kd_weight * terms[-1])
         if o.subnet_ce_weight:
-            weighted.append(o.subnet_ce_weight * knowledge.cross_entropy(logits[stream], targets))
+            weighted.append(o.subnet_ce_weight * knowledge.cross_entropy(subnet, targets))
     loss = torch.stack(weighted).sum() if weighted else 0.0 * terms[0].nan_to_num(0.0, 0.0, 0.0)
     return loss, torch.stack(terms).detach()
 
@@ -147,19 +166,30 @@ class TorchBackend:
         problem: Problem,
         logits: Tensor,
         targets: Tensor,
+        full_logits: Tensor | None,
         loss: Tensor,
         terms: Tensor,
         gradient: Tensor | None,
+        full_gradient: Tensor | None,
     ) -> None:
         if gradient is None:
-            results = group_knowledge_loss_reference(logits, targets, options=problem.options)
+            results = group_knowledge_loss_reference(
+                logits, targets, full_logits=full_logits, options=problem.options
+            )
         else:
+            given = [tensor for tensor in (logits, full_logits) if tensor is not None]
             with differentiable():
-                leaf = logits.detach().requires_grad_()
-                results = group_knowledge_loss_reference(leaf, targets, options=problem.options)
+                leaves = [tensor.detach().requires_grad_() for tensor in given]
+                results = group_knowledge_loss_reference(
+                    leaves[0],
+                    targets,
+                    full_logits=leaves[1] if len(leaves) == 2 else None,
+                    options=problem.options,
+                )
                 scale = results[0].new_full((), problem.gradient_scale)
-                (exact,) = torch.autograd.grad(results[0], leaf, scale)
-            gradient.copy_(exact)
+                exact = torch.autograd.grad(results[0], leaves, scale, materialize_grads=True)
+            for written, values in zip((gradient, full_gradient), exact, strict=False):
+                written.copy_(values)
         loss.copy_(results[0].detach())
         terms.copy_(results[1])
 

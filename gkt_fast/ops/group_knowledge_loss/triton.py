@@ -28,9 +28,11 @@ class TritonBackend:
         problem: Problem,
         logits: Tensor,
         targets: Tensor,
+        full_logits: Tensor | None,
         loss: Tensor,
         terms: Tensor,
         gradient: Tensor | None,
+        full_gradient: Tensor | None,
     ) -> None:
         o = problem.options
         if targets.is_floating_point():
