@@ -54,6 +54,10 @@ BUDGETS = {
     f"gkt, budget {budget}": Recipe("gkt", {"budget": budget}, baseline="gkt")
     for budget in (1.0, 1.2, 1.25, 1.5)
 }
+SHARES = {
+    f"gkt, share {share}": Recipe("gkt", {"subnet_share": share}, baseline="gkt") for share in (0.5, 0.25)
+}
+"""Subnets on a part of each batch."""
 CHOICES = {
     "gkt, normalised": Recipe("gkt", {"normalize_logits": True}, baseline="gkt"),
     "gkt, decay 0.8": Recipe("gkt", {"decay": 0.8}, baseline="gkt"),
@@ -67,7 +71,7 @@ CHOICES = {
     "gkt, batch_norm all_streams": Recipe("gkt", {"batch_norm": "all_streams"}, baseline="gkt"),
     "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
 }
-STUDIES = {"methods": METHODS, "alone": ALONE, "budgets": BUDGETS, "choices": CHOICES}
+STUDIES = {"methods": METHODS, "alone": ALONE, "budgets": BUDGETS, "shares": SHARES, "choices": CHOICES}
 ONE_BY_ONE = {"gkt, one by one": Recipe("gkt", {"execution": "sequential"})}
 """In no study, since it trains what "gkt" does: for its cost alone."""
-RECIPES = METHODS | ALONE | BUDGETS | CHOICES | ONE_BY_ONE
+RECIPES = METHODS | ALONE | BUDGETS | SHARES | CHOICES | ONE_BY_ONE

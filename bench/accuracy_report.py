@@ -18,7 +18,7 @@ from pathlib import Path
 import accuracy_pictures
 from accuracy import SETTING, read
 from accuracy_models import title_of
-from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, RECIPES
+from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SHARES
 from accuracy_rows import (
     Rows,
     by,
@@ -119,6 +119,10 @@ def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:
     if budgets := of(BUDGETS):
         result["Budgets (differences: gkt to plain, budgets to gkt)"] = accuracies(
             of(["plain"], budgets, ["gkt"])
+        )
+    if shares := of(SHARES):
+        result["Subnets on a share of the batch (differences: gkt to plain, shares to gkt)"] = accuracies(
+            of(["plain"], shares, ["gkt"])
         )
     if choices := of(CHOICES):
         result["Choices (differences to the defaults)"] = differences(choices, of(METHODS))

@@ -52,6 +52,10 @@ class GKTConfig:
             subnet alone, on the targets, as stochastic depth does; needs groups=1 and loops=1.
         subnet_resolution: height and width that a subnet's images are resized to; (lowest, highest): drawn anew for
             every subnet. Nothing can be shared then: streams run one by one. None: as the full network's.
+        subnet_share: part of a batch's rows that subnets see, in (0, 1]; the full network sees all B. Of them subnets
+            see the first min(B, max(2, ceil(subnet_share * B))); what they have in common with the full network is
+            computed on all. Below 1 batches that are accumulated into one step are no longer one big batch, of which
+            subnets would see other rows. (The paper's subnets see all.)
         drop_rate: drop probability of the last block for the sampler `stochastic_depth`, in [0, 1).
         subnets: for the sampler `fixed`: groups (or loops * groups) depths, each with one number per stage.
         budget: most that a shared step may cost on average, in plain steps (counted in FLOPs); the smallest depths are
@@ -91,6 +95,7 @@ class GKTConfig:
     sampler: str = "inherit_decay"
     train_full: bool = True
     subnet_resolution: int | tuple[int, int] | None = None
+    subnet_share: float = 1.0
     drop_rate: float = 0.5
     subnets: tuple[tuple[int, ...], ...] | None = None
     budget: float | None = None
@@ -112,6 +117,7 @@ class GKTConfig:
         _check_number("temperature", self.temperature, 0.0, math.inf, open_low=True)
         _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
         _check_number("drop_rate", self.drop_rate, 0.0, 1.0, open_high=True)
+        _check_number("subnet_share", self.subnet_share, 0.0, 1.0, open_low=True)
         if self.budget is not None:
             _check_number("budget", self.budget, 1.0, math.inf)
         for name in ("ce_weight", "kd_weight", "subnet_ce_weight"):
@@ -146,6 +152,11 @@ class GKTConfig:
             raise ValueError(
                 f"budget is {self.budget} and subnet_resolution is {self.subnet_resolution}; "
                 "with train_full=False they must be None"
+            )
+        if self.subnet_share != 1:
+            raise ValueError(
+                f"subnet_share is {self.subnet_share} with train_full=False, where a step trains its subnet alone; "
+                "it must be 1"
             )
 
     def _check_subnet_resolution(self) -> None:
@@ -193,6 +204,11 @@ class GKTConfig:
     def streams(self) -> int:
         """S = 1 + loops * groups; 1 where the full network is not trained."""
         return 1 + self.loops * self.groups if self.train_full else 1
+
+    def subnet_rows(self, batch: int) -> int:
+        """How many rows of a batch subnets see: min(B, max(2, ceil(subnet_share * B)))."""
+        exact = round(self.subnet_share * batch, 6)  # 0.07 * 100 is 7.000000000000001
+        return min(batch, max(2, math.ceil(exact)))
 
     def replace(self, **changes: Any) -> GKTConfig:
         """A copy with some values changed."""

@@ -227,8 +227,9 @@ class GKT(nn.Module):
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.
 
-        Counted by torch's FLOP counter (a multiply-add is two) in one forward pass of the model on one sample. Subnets
-        whose images are resized (`subnet_resolution`) are counted at the full resolution.
+        Counted by torch's FLOP counter (a multiply-add is two) in one forward pass of the model on one sample. What
+        subnets alone run counts by their share of the batch's rows (`subnet_share`). Subnets whose images are resized
+        (`subnet_resolution`) are counted at the full resolution.
 
         Args:
             subnets: as returned by `sample`.
@@ -237,7 +238,8 @@ class GKT(nn.Module):
         Raises:
             ValueError: inputs is None and the model has not been called yet.
         """
-        return make_plan(self.layers(inputs), self._streams(subnets, step=0).dropped).cost()
+        dropped = self._streams(subnets, step=0).dropped
+        return make_plan(self.layers(inputs), dropped, self.config.subnet_share).cost()
 
     def layers(self, inputs: Tensor | tuple[Any, ...] | None = None) -> list[Layer]:
         """The blocks and the modules between them, in order of execution, with their cost (see `cost`)."""

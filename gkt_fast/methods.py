@@ -10,6 +10,9 @@
     authors' code standardises those too: `NormalizedCrossEntropy` as the criterion, `train --normalize-ce`. Its third
     strategy, restricting how depths vary over stages, is `min_depth`.
 `gkt`: this package's own, with the defaults of `GKTConfig`.
+
+In all of them subnets see whole batches, as published. `subnet_share` may be changed for `st`, `st++` and `gkt`; the
+smaller images of `st++` have nothing in common with the full network's, so that its subnets run on their share alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import yaml
 from gkt_fast import GKTConfig
 
 NUMBERS = (
-    "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate",
+    "decay", "ema", "temperature", "ce_weight", "kd_weight", "subnet_ce_weight", "drop_rate", "subnet_share",
     "label_smoothing",
 )  # fmt: skip
 BOOLEANS = ("normalize_logits", "train_full", "distill_ignored", "fuse_blocks", "independent_noise")
@@ -32,6 +32,8 @@ WRONG_VALUES = [
     ("kd_weight", math.inf, r"in \[0, inf\)"),
     ("subnet_ce_weight", -1.0, r"in \[0, inf\)"),
     ("drop_rate", 1.0, r"in \[0, 1\)"),
+    ("subnet_share", 0.0, r"in \(0, 1\]"),
+    ("subnet_share", 1.01, r"in \(0, 1\]"),
     ("label_smoothing", 1.5, r"in \[0, 1\]"),
     ("batch_norm", "none", "one of full, all_streams"),
     ("budget", 0.99, r"in \[1, inf\)"),
@@ -176,3 +178,36 @@ def test_files_that_are_wrong(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         GKTConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "share, batch, rows",
+    [
+        (1.0, 7, 7),
+        (0.5, 7, 4),
+        (0.5, 8, 4),
+        (0.25, 9, 3),
+        (0.01, 64, 2),
+        (0.5, 2, 2),
+        (0.5, 1, 1),
+        (0.07, 100, 7),
+    ],
+)
+def test_rows_of_subnets(share, batch, rows):
+    assert GKTConfig(subnet_share=share).subnet_rows(batch) == rows
+
+
+def test_a_share_needs_the_full_network():
+    with pytest.raises(ValueError, match=r"^subnet_share is 0\.5 with train_full=False.*must be 1"):
+        GKTConfig(groups=1, train_full=False, subnet_share=0.5)
+
+
+def test_configurations_of_older_versions_have_no_share(tmp_path):
+    values = GKTConfig(groups=2).to_dict()
+    del values["subnet_share"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert GKTConfig.from_yaml(path) == GKTConfig(groups=2)
+    pickled = GKTConfig.__new__(GKTConfig)
+    pickled.__setstate__(values)
+    assert pickled.subnet_share == 1.0

@@ -79,7 +79,8 @@ class RunRecord(Callback):
 def _changed(args: argparse.Namespace, config: GKTConfig, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
     """The flags that differ from those in the `args.yaml` beside the checkpoint, before and now."""
     path = checkpoint.parent / "args.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.exists() else {}
+    # What the version that wrote it lacked of the hyper-parameters was as it is by default.
+    saved = GKTConfig().to_dict() | yaml.safe_load(path.read_text()) if path.exists() else {}
     now = argument_values(args, config)
     changed = {
         name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value

@@ -31,7 +31,9 @@ def explain_step(
         expected_cost: of a step with this configuration on average, in plain steps.
         choice: how the step runs.
     """
-    plan = make_plan(network.layers(streams.config.independent_noise), streams.dropped)
+    plan = make_plan(
+        network.layers(streams.config.independent_noise), streams.dropped, streams.config.subnet_share
+    )
     lines = [
         f"{type(network.model).__name__}, step {step}: {len(subnets)} subnets {', '.join(map(str, subnets))}",
         *_layer_lines(plan),
@@ -61,6 +63,10 @@ def _cost_lines(plan: Plan, streams: Streams, expected_cost: float) -> list[str]
         f"predicted activations kept for backward, per sample: plain {memory.plain / 2**20:.2f} MiB, "
         f"shared and stacked {memory.shared / 2**20:.2f} MiB, lean {memory.lean / 2**20:.2f} MiB"
     )
+    if plan.share != 1:
+        lines.append(
+            f"subnets see {plan.share:g} of a batch's rows; what they have in common with the full network has all"
+        )
     noisy = [layer.path for layer in plan.layers if layer.draws_noise]
     if noisy:
         lines.append(f"every stream draws noise of its own in {', '.join(noisy)}")

@@ -32,6 +32,7 @@ from ..subnets.plan import Plan, make_plan
 from ..subnets.streams import Streams, place_of, stream_at
 from .gradients import GradientSum, deliver, refusal_of_sharded, tell_of_unscaled_float16
 from .running_buffers import RunningBuffers
+from .share import Share, share_of
 from .states import States, _State
 from .step import Mode, StepResult
 from .stream_loss import StreamLoss
@@ -47,17 +48,18 @@ def run_lean(
     loss_scale: float | Tensor | None = None,
 ) -> StepResult:
     """Runs the streams depth-first. The inner backward passes run on the loss times `loss_scale` (float16)."""
-    config = streams.config
+    config, share = streams.config, share_of(streams, inputs)
     plan = make_plan(network.layers(config.independent_noise), streams.dropped)
     tell_of_unscaled_float16(network, loss_scale)
     gradients = GradientSum(network.model, inputs, loss_scale)
-    stream_loss = StreamLoss(streams, targets)
+    stream_loss = StreamLoss(streams, targets, share)
     layers = tracking_layers(network.model)
     all_update = streams.all_update_statistics
     order = stream_order(plan, config)
     buffers = RunningBuffers(network, streams)
     with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
-        states = _CutStates(network, statistics, plan, independent_noise=config.independent_noise)
+        noise = config.independent_noise
+        states = _CutStates(network, statistics, plan, independent_noise=noise, share=share)
         try:
             for stream in order:
                 updates = stream == 0 or all_update
@@ -67,8 +69,8 @@ def run_lean(
                     intercept(network.model, network.sites, states.call),
                 ):
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
-                    logits = network.logits(gradients.run(network.model, inputs))
-                    states.end_stream()
+                    logits = network.logits(gradients.run(states.run_model, inputs))
+                    states.end_stream(logits)
                 with frozen_statistics(layers):
                     gradients.add(stream_loss(stream, logits))
                     states.finish_stream()
@@ -80,18 +82,18 @@ def run_lean(
 
 
 def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
-    noise = streams.config.independent_noise
+    noise, share = streams.config.independent_noise, share_of(streams, inputs)
     plan = make_plan(network.layers(noise), streams.dropped)
     layers, buffers = tracking_layers(network.model), RunningBuffers(network, streams)
-    states = _CutStates(network, [], plan, independent_noise=noise)
+    states = _CutStates(network, [], plan, independent_noise=noise, share=share)
     logits = {}
     try:
         with intercept(network.model, network.sites, states.call):
             for stream in stream_order(plan, streams.config):
                 with frozen_statistics(layers) if stream else nullcontext(), buffers.stream(stream):
                     states.begin_stream(streams.dropped[stream], plan.paths[stream])
-                    logits[stream] = network.logits(call_model(network.model, inputs))
-                    states.end_stream()
+                    logits[stream] = network.logits(call_model(states.run_model, inputs))
+                    states.end_stream(logits[stream])
     finally:
         states.close()
     return [logits[stream] for stream in range(len(logits))]
@@ -105,10 +107,19 @@ class _CutStates(States):
         statistics: see `States`.
         plan: the states of the step.
         independent_noise: see `States`.
+        share: see `States`.
     """
 
-    def __init__(self, network: Network, statistics: list, plan: Plan, *, independent_noise: bool) -> None:
-        super().__init__(network, statistics, independent_noise=independent_noise)
+    def __init__(
+        self,
+        network: Network,
+        statistics: list,
+        plan: Plan,
+        *,
+        independent_noise: bool,
+        share: Share | None,
+    ) -> None:
+        super().__init__(network, statistics, independent_noise=independent_noise, share=share)
         self.plan = plan
         self._readers = Counter(state for path in plan.paths for state in path)
         children = Counter(plan.parents[1:])
@@ -148,7 +159,7 @@ class _CutStates(States):
         leaves = {id(value): value.detach().requires_grad_() for value in outputs}
         self._cuts[number] = outputs, [leaves[id(value)] for value in outputs]
         output = tree_unflatten([leaves.get(id(value), value) for value in values], structure)
-        return _State(output, state.past_stem, state.statistics)
+        return self._state(output, state.past_stem, state.statistics)
 
     def finish_stream(self) -> None:
         """The stream's backward is done: goes back through cuts that no other stream will read, deepest first."""

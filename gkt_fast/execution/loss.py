@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import GroupKnowledge, LossOptions, group_knowledge_loss
 from ..subnets.streams import Streams
+from .share import Share
 
 __all__ = ["distillation_options", "joint_loss", "no_targets", "target_loss"]
 
 
-def joint_loss(logits: Tensor, targets: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+def joint_loss(
+    logits: Tensor,
+    targets: Any,
+    streams: Streams,
+    full_logits: Tensor | None = None,
+    share: Share | None = None,
+) -> tuple[Tensor, Tensor]:
     """The loss of all streams together.
 
     Args:
-        logits: (S, B, C, *spatial).
+        logits: (S, B, C, *spatial); with a share those of the subnets, (S - 1, m, C, *spatial).
         targets: as the criterion takes them.
         streams: of the step.
+        full_logits: with a share those of the full network, (B, C, *spatial).
+        share: the rows that subnets see; None: all.
 
     Returns:
         The loss, a scalar, and the terms (S,), detached: the full network's term of the targets, then each subnet's
@@ -27,18 +37,38 @@ def joint_loss(logits: Tensor, targets: Tensor, streams: Streams) -> tuple[Tenso
     """
     options = LossOptions.from_config(streams.config)
     if streams.criterion is None:
-        return group_knowledge_loss(logits, targets, options=options)
-    loss, terms = group_knowledge_loss(logits, no_targets(logits[0]), options=distillation_options(options))
-    value = target_loss(logits[0], targets, streams).to(loss.dtype)
+        return _op(logits, targets, full_logits, options)
+    full, subnets = (logits[0], logits[1:]) if full_logits is None else (full_logits, logits)
+    loss, terms = _op(logits, no_targets(full), full_logits, distillation_options(options))
+    value = target_loss(full, targets, streams).to(loss.dtype)
     if options.ce_weight:
         loss = loss + options.ce_weight * value
     if options.subnet_ce_weight:
-        for subnet in logits[1:]:
+        targets = targets if share is None else share.cut_targets(targets)
+        for subnet in subnets:
             loss = loss + options.subnet_ce_weight * target_loss(subnet, targets, streams)
     return loss, torch.cat([value.detach().reshape(1), terms[1:]])
 
 
-def target_loss(logits: Tensor, targets: Tensor, streams: Streams) -> Tensor:
+def _op(logits, targets, full_logits, options):
+    if full_logits is None:
+        return group_knowledge_loss(logits, targets, options=options)
+    knowledge = GroupKnowledge(options=options)
+    o, m = options, logits.shape[1]
+    terms = [knowledge.full(full_logits, targets)]
+    knowledge.teach(full_logits[:m])
+    weighted = [o.ce_weight * terms[0]] if o.ce_weight else []
+    for stream in range(logits.shape[0]):
+        terms.append(knowledge.subnet(logits[stream], targets[:m], group=stream % o.groups + 1))
+        if o.kd_weight:
+            weighted.append(o.kd_weight * terms[-1])
+        if o.subnet_ce_weight:
+            weighted.append(o.subnet_ce_weight * knowledge.cross_entropy(logits[stream], targets[:m]))
+    loss = torch.stack(weighted).sum() if weighted else 0.0 * terms[0].nan_to_num(0.0, 0.0, 0.0)
+    return loss, torch.stack(terms).detach()
+
+
+def target_loss(logits: Tensor, targets: Any, streams: Streams) -> Tensor:
     """What one stream's logits (B, C, *spatial) lose on the targets, a scalar, not weighted.
 
     Raises:

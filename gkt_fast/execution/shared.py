@@ -21,6 +21,7 @@ from ..network.network import Network
 from ..subnets.streams import Streams
 from .loss import joint_loss
 from .running_buffers import RunningBuffers
+from .share import share_of
 from .states import States
 from .step import Mode, StepResult
 
@@ -35,15 +36,18 @@ def run_shared(
     loss_scale: float | Tensor | None = None,
 ) -> StepResult:
     """Runs all streams through the model, each state once. `loss_scale` is not needed: backward comes later."""
-    config = streams.config
+    config, share = streams.config, share_of(streams, inputs)
     layers = tracking_layers(network.model)
     all_update = streams.all_update_statistics
     with record_statistics(network.model, layers) if all_update else nullcontext([]) as statistics:
-        states = States(network, statistics, independent_noise=config.independent_noise)
+        states = States(network, statistics, independent_noise=config.independent_noise, share=share)
         logits = _run_states(states, inputs, streams)
     for updates in states.stream_statistics:
         update_running_statistics(updates)
-    loss, terms = joint_loss(torch.stack(logits), targets, streams)
+    if share is None:
+        loss, terms = joint_loss(torch.stack(logits), targets, streams)
+    else:
+        loss, terms = joint_loss(torch.stack(logits[1:]), targets, streams, logits[0], share)
     freeze_during_backward(loss, layers)
     return StepResult(loss, terms, logits[0].detach())
 
@@ -59,17 +63,16 @@ def _run_states(states: States, inputs: tuple[Any, ...], streams: Streams) -> li
             for stream, dropped in enumerate(streams.dropped):
                 with frozen_statistics(layers) if stream else nullcontext(), buffers.stream(stream):
                     states.begin_stream(dropped)
-                    logits.append(states.network.logits(call_model(model, inputs)))
-                    states.end_stream()
+                    logits.append(states.network.logits(call_model(states.run_model, inputs)))
+                    states.end_stream(logits[-1])
     finally:
         states.close()
     return logits
 
 
 def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
-    return _run_states(
-        States(network, [], independent_noise=streams.config.independent_noise), inputs, streams
-    )
+    noise, share = streams.config.independent_noise, share_of(streams, inputs)
+    return _run_states(States(network, [], independent_noise=noise, share=share), inputs, streams)
 
 
 MODE = Mode(run_shared, forward=_forward)

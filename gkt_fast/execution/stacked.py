@@ -49,6 +49,8 @@ class StackingError(SharedStateError):
 
 def reason_against(network: Network, streams: Streams) -> str | None:
     """Why states of this network can't be stacked; None: nothing that can be seen before it runs."""
+    if streams.config.subnet_share != 1:
+        return "subnet_share is below 1, and execution='stacked' runs states of equal rows alone"
     reason = _norm_against(network.model)
     if reason is not None:
         return reason

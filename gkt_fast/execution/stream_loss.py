@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
 from .loss import no_targets, target_loss
+from .share import Share
 
 __all__ = ["StreamLoss"]
 
@@ -18,11 +22,13 @@ class StreamLoss:
     Args:
         streams: the streams of the step.
         targets: of the batch.
+        share: the rows that subnets see; None: all.
     """
 
-    def __init__(self, streams: Streams, targets: Tensor) -> None:
+    def __init__(self, streams: Streams, targets: Any, share: Share | None) -> None:
         self.streams = streams
         self.targets = targets
+        self._share = share
         self._knowledge = GroupKnowledge(options=LossOptions.from_config(streams.config))
         self._terms: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
@@ -33,19 +39,25 @@ class StreamLoss:
         config = self.streams.config
         if stream == 0:
             self.full_logits = logits.detach()
-            self._knowledge.teach(logits)
+            self._knowledge.teach(logits if self._share is None else self._share.cut(logits))
             term = target_loss(logits, self.targets, self.streams)
             loss = _weighted(config.ce_weight, term)
         else:
             own_criterion = self.streams.criterion is not None
-            targets = no_targets(logits) if own_criterion else self.targets
+            targets = no_targets(logits) if own_criterion else self._subnet_targets
             term = self._knowledge.subnet(logits, targets, self.streams.group(stream))
             loss = _weighted(config.kd_weight, term)
             if config.subnet_ce_weight:
-                loss = loss + config.subnet_ce_weight * target_loss(logits, self.targets, self.streams)
+                loss = loss + config.subnet_ce_weight * target_loss(
+                    logits, self._subnet_targets, self.streams
+                )
         self._terms[stream] = term.detach()
         self._losses[stream] = loss.detach()
         return loss
+
+    @cached_property
+    def _subnet_targets(self) -> Any:
+        return self.targets if self._share is None else self._share.cut_targets(self.targets)
 
     def total(self) -> Tensor:
         """The loss of all streams, detached."""

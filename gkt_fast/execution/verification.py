@@ -37,6 +37,8 @@ from ..network.network import Network
 from ..subnets.sampling import minimum_depths
 from ..subnets.streams import Streams
 from ..subnets.subnet import Subnet
+from .cut_stream import CutStream
+from .share import Share, share_of
 from .step import Mode
 
 __all__ = ["Verification"]
@@ -68,6 +70,7 @@ class Verification:
     def __init__(self, network: Network, inputs: tuple[Any, ...], streams: Streams) -> None:
         self._network = network
         self._config = streams.config
+        self._step = streams
         self._probes = _probes(network, streams)
         self._seeded = network.sites
         self._gradients = torch.is_grad_enabled() and not is_sharded(network.model)
@@ -88,8 +91,10 @@ class Verification:
     def _run_one_by_one(self) -> bool:
         """Runs the streams by themselves; whether that gave finite logits."""
         network = self._network
+        share = share_of(self._step, self._inputs)
         runs: dict[frozenset[str], _Run] = {}
         order = BlockOrder(network.sites)
+        noisy: frozenset[str] = frozenset()
         try:
             if self._config.independent_noise:  # other layers are watched, for whether they draw
                 noisy = network.noisy_layers()
@@ -97,7 +102,7 @@ class Verification:
             for dropped in self._probes:
                 try:
                     run = self._look(
-                        lambda inputs, dropped=dropped: [_stream(network, inputs, dropped, order)]
+                        lambda inputs, d=dropped: [_stream(network, inputs, d, order, share, noisy)]
                     )
                 except Exception:
                     if not dropped:
@@ -228,9 +233,17 @@ def _stream(
     inputs: tuple[Any, ...],
     dropped: frozenset[str],
     order: BlockOrder,
+    share: Share | None = None,
+    noisy: frozenset[str] = frozenset(),
     shaken: bool = False,
 ) -> Tensor:
     """The logits of one stream by itself; `shaken`: rounding errors are added to the layers' outputs."""
+    if share is not None and dropped:
+        one = CutStream(network, dropped, noisy, share, order)
+        with intercept(network.model, one.sites, one.call):
+            return one.logits(
+                lambda rows: logits_of(call_model(network.model, rows.cut(inputs) if rows else inputs))
+            )
 
     def call(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         order.call(site)

@@ -5,6 +5,8 @@ G run a layer in the same state unless their depths differ in an earlier stage, 
 
     E[states of block j in stage t] = 1 + sum_g P(some earlier stage of g - 1 and g differs) * P(depth of g in t > j).
 
+What exceeds the full network's pass is done on a share of the batch (`subnet_share`).
+
 Other cases are estimated from seeded draws.
 """
 
@@ -41,13 +43,14 @@ def expected_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTC
     Args:
         stages: the model's stages.
         layers: its layers with their costs (`GKT.layers`).
-        config: sampler, groups, loops, decay and min_depth.
+        config: sampler, groups, loops, decay, min_depth and subnet_share.
     """
     if config.train_full and config.loops == 1 and config.sampler in ("inherit_decay", "uniform"):
         gaps = _gaps(stages, layers)
         if gaps is not None:
             table = _stage_costs(stages, layers, config)
-            return _exact(minimum_depths(stages, config), table, gaps, sum(layer.flops for layer in layers))
+            plain = sum(layer.flops for layer in layers)
+            return _exact(minimum_depths(stages, config), table, gaps, plain, config.subnet_share)
     return _estimated(stages, layers, config)
 
 
@@ -57,16 +60,17 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
     Args:
         stages: the model's stages.
         layers: its layers with their costs (`GKT.layers`).
-        config: sampler, groups, loops, decay and min_depth.
+        config: sampler, groups, loops, decay, min_depth and subnet_share.
     """
-    if not config.train_full or config.sampler not in ("inherit_decay", "uniform"):
+    whole = config.train_full and config.subnet_share == 1
+    if not whole or config.sampler not in ("inherit_decay", "uniform"):
         return _estimated(stages, layers, config, lambda cost: cost.sequential_ratio)
     table = _stage_costs(stages, layers, config)
     chosen = [stage[depth] for stage, depth in zip(table, minimum_depths(stages, config), strict=True)]
     plain = sum(layer.flops for layer in layers)
     between = sum(layer.flops for layer in layers if not layer.is_block)
     subnets = sum(between + sum(stage.blocks[group] for stage in chosen) for group in range(config.groups))
-    return (config.train_full * plain + config.loops * subnets) / plain
+    return (plain + config.loops * subnets) / plain
 
 
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:
@@ -96,7 +100,7 @@ def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GK
     def exact(depths: tuple[int, ...]) -> float:
         if gaps is None:
             return _estimated(stages, layers, one_loop.replace(min_depth=depths))
-        return _exact(depths, table, gaps, plain)
+        return _exact(depths, table, gaps, plain, config.subnet_share)
 
     def cost(depths: tuple[int, ...], one: float) -> float:
         return (
@@ -195,18 +199,22 @@ def _stage_cost(depth: int, least: int, decay: float, of_depth: Sequence[int], g
 
 
 def _exact(
-    depths: Sequence[int], table: Sequence[dict[int, _StageCost]], gaps: Sequence[int], plain: int
+    depths: Sequence[int],
+    table: Sequence[dict[int, _StageCost]],
+    gaps: Sequence[int],
+    plain: int,
+    share: float,
 ) -> float:
     chosen = [stage[depth] for stage, depth in zip(table, depths, strict=True)]
     groups = len(chosen[0].equal)
-    total = float(plain)
+    subnets = 0.0
     for group in range(groups):
         same = 1.0
         for stage, gap in zip(chosen, gaps[1:], strict=True):
-            total += (1.0 - same) * stage.blocks[group]
+            subnets += (1.0 - same) * stage.blocks[group]
             same *= stage.equal[group]
-            total += (1.0 - same) * gap
-    return total / plain
+            subnets += (1.0 - same) * gap
+    return 1.0 + share * subnets / plain
 
 
 def _estimated(
@@ -223,7 +231,7 @@ def _estimated(
             dropped = [subnet.dropped(stages) for subnet in subnets]
             if config.train_full:
                 dropped.insert(0, frozenset())
-            ratios.append(ratio(make_plan(layers, dropped).cost()))
+            ratios.append(ratio(make_plan(layers, dropped, config.subnet_share).cost()))
         mean = statistics.fmean(ratios)
         if statistics.stdev(ratios) <= ACCURACY * mean * math.sqrt(len(ratios)):
             return mean

@@ -3,6 +3,9 @@
 A state is the sequence of layers executed so far (and of the random numbers drawn by them, where each stream draws its
 own). The plan is the tree of all states: its root is the input, each further node is one layer executed in the state
 above it, and each stream is a path from the root to a leaf.
+
+The first stream is the full network's. With a share below 1 the states that only subnets are in hold that part of a
+batch's rows.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating point operations of one sample's forward pass through a step.
+    """Floating point operations of a forward pass through a step, for each sample of the batch.
 
     Args:
         plain: the full network alone.
@@ -64,7 +67,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of activations kept for the backward pass, for one sample.
+    """Bytes of activations kept for the backward pass, for each sample of the batch.
 
     Args:
         plain: the full network alone, and at any time of streams run one by one.
@@ -86,12 +89,14 @@ class Plan:
         parents: for every state the state above it, -1 for the root; parents come first.
         layer_of: for every state the index of the layer whose output it is, -1 for the root.
         paths: for every stream its states after the root, in order.
+        share: part of a batch's rows that subnets see.
     """
 
     layers: tuple[Layer, ...]
     parents: tuple[int, ...]
     layer_of: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
+    share: float = 1.0
 
     def states_per_layer(self) -> tuple[int, ...]:
         """How often each layer runs."""
@@ -105,8 +110,8 @@ class Plan:
         flops = [layer.flops for layer in self.layers]
         return Cost(
             plain=sum(flops),
-            sequential=sum(flops[self.layer_of[state]] for path in self.paths for state in path),
-            shared=sum(flops[layer] for layer in self.layer_of[1:]),
+            sequential=sum(self._of_rows(flops, path) for path in self.paths),
+            shared=self._of_rows(flops, range(1, len(self.layer_of))),
         )
 
     def memory(self) -> Memory:
@@ -114,17 +119,27 @@ class Plan:
         saved = [layer.saved_bytes for layer in self.layers]
         return Memory(
             plain=sum(saved),
-            shared=sum(saved[layer] for layer in self.layer_of[1:]),
-            lean=max(sum(saved[self.layer_of[state]] for state in path) for path in self.paths),
+            shared=self._of_rows(saved, range(1, len(self.layer_of))),
+            lean=max(self._of_rows(saved, path) for path in self.paths),
         )
 
+    def _of_rows(self, amounts: Sequence[int], states: Iterable[int]) -> int:
+        """The sum of the layers' amounts over some states, counted by the rows that each holds."""
+        full = set(self.paths[0])
+        whole = cut = 0
+        for state in states:
+            amount = amounts[self.layer_of[state]]
+            whole, cut = (whole + amount, cut) if state in full else (whole, cut + amount)
+        return whole + (cut if self.share == 1 else round(self.share * cut))
 
-def make_plan(layers: Sequence[Layer], dropped: Iterable[frozenset[str]]) -> Plan:
+
+def make_plan(layers: Sequence[Layer], dropped: Iterable[frozenset[str]], share: float = 1.0) -> Plan:
     """The plan of streams that each drop some blocks.
 
     Args:
         layers: the network's layers in order of execution.
         dropped: for every stream the paths of the blocks that it drops (`Subnet.dropped`), full network first.
+        share: part of a batch's rows that subnets see.
     """
     parents, layer_of = [-1], [-1]
     children: dict[tuple[int, int, int], int] = {}
@@ -143,4 +158,4 @@ def make_plan(layers: Sequence[Layer], dropped: Iterable[frozenset[str]]) -> Pla
             state = child
             path.append(state)
         paths.append(tuple(path))
-    return Plan(tuple(layers), tuple(parents), tuple(layer_of), tuple(paths))
+    return Plan(tuple(layers), tuple(parents), tuple(layer_of), tuple(paths), share)

@@ -122,6 +122,16 @@ def test_what_cannot_change_is_refused_and_nothing_is_written(run, tmp_path, fla
     assert contents(tmp_path / "x") == before
 
 
+def test_what_an_older_version_did_not_know_was_as_by_default(run, tmp_path):
+    assert run("--epochs", 1)[0] == 0
+    path = tmp_path / "x" / "args.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["subnet_share"]
+    path.write_text(yaml.safe_dump(values))
+    code, _, err = run("--epochs", 2, "--subnet-share", 0.5)
+    assert code == 2 and "--subnet-share 1.0" in err and "--subnet-share 0.5" in err
+
+
 def test_a_checkpoint_that_cannot_be_loaded_leaves_no_trace(run, tmp_path):
     code, _, err = run("--epochs", 1, "--resume", tmp_path / "gone.pt")
     assert code == 2

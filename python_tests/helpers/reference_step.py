@@ -1,12 +1,15 @@
 """A training step written down plainly, to hold the package's execution modes against.
 
 Nothing here comes from the package's own execution or loss: every stream is the model's own forward with the
-dropped blocks replaced, the loss is written from its formulas, and one backward goes over the sum.
+dropped blocks replaced, the loss is written from its formulas, and one backward goes over the sum. With a share of the
+batch for subnets a stream runs on all rows until it calls the first layer in which it differs; from there on every
+module is given the first rows alone.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gkt_fast import GKTConfig, Stage
 from gkt_fast.execution import EXECUTION_MODES, Choice, choose_execution
@@ -66,13 +70,25 @@ def reference_step(
     config: GKTConfig,
     grad_output: float = 1.0,
     skip: Callable[[], nn.Module] = Skip,
+    noisy: Iterable[str] = (),
 ) -> Outcome:
-    """One step over the streams; `dropped`: the block paths each one drops, the full network (none) first."""
+    """One step over the streams; `dropped`: the block paths each one drops, the full network (none) first.
+
+    `noisy`: paths of the layers that draw for each stream by itself; with a share subnets leave the full network there.
+    """
     logits = []
+    batch = len(tree_leaves(inputs)[0])
+    rows = min(batch, max(2, math.ceil(config.subnet_share * batch)))
     for stream, paths in enumerate(dropped):
         counts = stream == 0 or config.batch_norm == "all_streams"
-        with _without_blocks(model, paths, skip), _scratch_buffers(model, enabled=not counts):
-            logits.append(model(*inputs))
+        leaving = [*paths, *noisy] if stream else []
+        with (
+            _without_blocks(model, paths, skip),
+            _scratch_buffers(model, enabled=not counts),
+            _on_first_rows(model, leaving, batch, rows),
+        ):
+            z = model(*inputs)
+        logits.append(z[:rows] if stream else z)
     loss, terms = reference_loss(logits, targets, config)
     if loss.requires_grad:
         (loss * grad_output).backward()
@@ -152,8 +168,9 @@ def assert_modes_agree(
     """Every mode against the plain loop, each on its own copy of the model; returns the loop's."""
     skip = options.pop("skip", Skip)
     stages = options.pop("stages", None)
+    noisy = options.pop("noisy", ())
     expected = reference_step(
-        copy.deepcopy(model), _fresh(inputs), targets, dropped, config, skip=skip, **options
+        copy.deepcopy(model), _fresh(inputs), targets, dropped, config, skip=skip, noisy=noisy, **options
     )
     for mode in modes:
         actual = package_step(
@@ -184,7 +201,8 @@ def reference_loss(
         counts = targets != config.ignore_index
     for stream, z in enumerate(logits[1:]):
         group = stream % groups + 1
-        p = torch.softmax(knowledge[group - 1] / temperature, 1)
+        targets, counts = targets[: len(z)], counts[: len(z)]
+        p = torch.softmax(knowledge[group - 1][: len(z)] / temperature, 1)
         q = torch.softmax(normalized(z) / temperature, 1)
         rows = (p * (p.log() - q.log())).sum(1)
         kd = temperature**2 * rows[counts].sum() / counts.sum()
@@ -295,6 +313,28 @@ def _without_blocks(model: nn.Module, paths: Iterable[str], skip: Callable[[], n
     finally:
         for path, block in blocks.items():
             model.set_submodule(path, block)
+
+
+@contextmanager
+def _on_first_rows(model: nn.Module, leaving: Iterable[str], batch: int, rows: int) -> Iterator[None]:
+    """From the call of one of the layers at `leaving` on, modules get the first rows of what has `batch` of them."""
+    left = False
+    stops = {id(model.get_submodule(path)) for path in leaving}
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal left
+        left = left or id(module) in stops
+        if not left:
+            return args, kwargs
+        return tree_map_only(Tensor, lambda t: t[:rows] if t.dim() and len(t) == batch else t, (args, kwargs))
+
+    modules = [module for module in model.modules() if module is not model] if stops and rows < batch else []
+    hooks = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

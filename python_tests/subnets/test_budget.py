@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
@@ -34,16 +35,16 @@ def drawn_cost(config: GKTConfig, draws: int, seed: int = 1234, one_by_one: bool
     ratios = []
     for step in range(draws):
         dropped = [frozenset(), *(s.dropped(STAGES) for s in sample_subnets(STAGES, config, step))]
-        cost = make_plan(LAYERS, dropped).cost()
+        cost = make_plan(LAYERS, dropped, config.subnet_share).cost()
         ratios.append(cost.sequential_ratio if one_by_one else cost.shared_ratio)
     return statistics.fmean(ratios)
 
 
 @pytest.mark.parametrize("sampler", ["inherit_decay", "uniform"])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("min_depth", [1, (2, 1, 3), (3, 4, 0)])
-def test_exact_expectation_against_independent_draws(sampler, groups, min_depth):
-    config = GKTConfig(groups=groups, sampler=sampler, min_depth=min_depth, decay=0.6)
+@pytest.mark.parametrize("min_depth, share", [(1, 1.0), ((2, 1, 3), 1.0), ((3, 4, 0), 1.0), (1, 0.5)])
+def test_exact_expectation_against_independent_draws(sampler, groups, min_depth, share):
+    config = GKTConfig(groups=groups, sampler=sampler, min_depth=min_depth, decay=0.6, subnet_share=share)
     assert expected_cost(STAGES, LAYERS, config) == pytest.approx(drawn_cost(config, 6000), rel=0.01)
 
 
@@ -53,6 +54,7 @@ def test_exact_expectation_against_independent_draws(sampler, groups, min_depth)
         GKTConfig(groups=3, min_depth=(2, 1, 3), decay=0.6),
         GKTConfig(groups=2, loops=2, sampler="uniform"),
         GKTConfig(groups=1, loops=2, sampler="stochastic_depth"),
+        GKTConfig(groups=3, subnet_share=0.3),
     ],
 )
 def test_expectation_one_by_one_against_independent_draws(config):
@@ -99,6 +101,19 @@ def test_budget_is_kept_by_the_most_varied_subnets(budget, loops):
             if depth > max(1, STAGES[stage].least_depth):
                 less = tuple(d - (i == stage) for i, d in enumerate(depths))
                 assert expected_cost(STAGES, LAYERS, kept.replace(min_depth=less)) > budget
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_a_share_leaves_more_depths_within_a_budget(loops):
+    config = GKTConfig(groups=3, loops=loops, budget=1.4)
+    depths = solve_min_depth(STAGES, LAYERS, config.replace(subnet_share=0.5))
+
+    def variety(depths):
+        return math.prod(stage.depth - depth + 1 for stage, depth in zip(STAGES, depths, strict=True))
+
+    assert variety(depths) > variety(solve_min_depth(STAGES, LAYERS, config))
+    kept = config.replace(min_depth=depths, budget=None, subnet_share=0.5)
+    assert drawn_cost(kept, 3000) <= 1.4 * 1.01
 
 
 def test_a_loose_budget_changes_nothing():

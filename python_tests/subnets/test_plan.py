@@ -69,6 +69,23 @@ def test_states_and_costs(seed):
     assert all(parent < state for state, parent in enumerate(plan.parents))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_states_of_subnets_alone_cost_their_share(seed):
+    layers, stages = network(seed=seed)
+    dropped = random_drops(stages, 5, seed)
+    cost = make_plan(layers, dropped, share=0.25).cost()
+    runs, states = brute_force(layers, dropped)
+    full = {runs[0][:end] for end in range(1, len(layers) + 1)}
+
+    def of(states):
+        return sum(layers[state[-1]].flops * (1 if state in full else 0.25) for state in states)
+
+    assert cost.plain == sum(layer.flops for layer in layers)
+    assert cost.shared == pytest.approx(of(states), abs=0.5)
+    streams = [of(run[:end] for end in range(1, len(run) + 1)) for run in runs]
+    assert cost.sequential == pytest.approx(sum(streams), abs=0.5 * len(streams))
+
+
 def test_a_plain_step_has_one_state_per_layer():
     layers, _ = network()
     plan = make_plan(layers, [frozenset()])
