@@ -30,13 +30,32 @@ OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
 class _Ghosts(NamedTuple):
     number: int
     on_statistics: OnStatistics | None
+    rows: tuple[int, int] | None
+
+    def lead_rows(self, rows: int) -> int | None:
+        """How many of a layer's rows are of the first ghost batch; None: as many as of each other one.
+
+        A layer may see several rows for each of the batch's (patches, frames).
+        """
+        if self.rows is None or self.number == 1:
+            return None
+        lead, other = self.rows
+        times, rest = divmod(rows, lead + (self.number - 1) * other)
+        if rest:
+            raise ValueError(
+                f"x has {rows} rows; they must be a multiple of the {lead} rows of the first ghost batch and "
+                f"{self.number - 1} times {other} of the others"
+            )
+        return times * lead
 
 
 _current: ContextVar[_Ghosts | None] = ContextVar("gkt_fast_ghosts", default=None)
 
 
 @contextmanager
-def ghost_batches(ghosts: int, on_statistics: OnStatistics | None = None) -> Iterator[None]:
+def ghost_batches(
+    ghosts: int, on_statistics: OnStatistics | None = None, rows: tuple[int, int] | None = None
+) -> Iterator[None]:
     """Inside, every batch is `ghosts` batches stacked along dim 0, for fused blocks and `run_batch_norm`.
 
     No running statistics are updated inside. Instead `on_statistics` is called for each BatchNorm layer that would
@@ -46,13 +65,14 @@ def ghost_batches(ghosts: int, on_statistics: OnStatistics | None = None) -> Ite
     Args:
         ghosts: m, at least 1.
         on_statistics: receives (layer, mean, unbiased variance), (m, C) each, detached; None: nobody does.
+        rows: rows of the first ghost batch and of each other one; None: all have as many.
 
     Raises:
         ValueError: ghosts is less than 1.
     """
     if ghosts < 1:
         raise ValueError(f"ghosts is {ghosts}; it must be at least 1")
-    token = _current.set(_Ghosts(ghosts, on_statistics))
+    token = _current.set(_Ghosts(ghosts, on_statistics, rows))
     try:
         yield
     finally:
@@ -70,7 +90,7 @@ def run_batch_norm(
     Args:
         layer: BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm, whose parameters, buffers and options are used;
             its hooks are not called.
-        x: (m*B, C, *spatial).
+        x: (m*B, C, *spatial), or with other rows of the first ghost batch as `ghost_batches` was told.
         residual: added before the activation, of x's shape and dtype.
         activation: "relu" or "identity".
 
@@ -82,16 +102,17 @@ def run_batch_norm(
     if not layer.training and layer.running_mean is not None:
         running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
         return ghost_batch_norm(x, layer.weight, layer.bias, ghosts=1, **running, **options)[0]
-    number = 1 if ghosts is None else ghosts.number
+    number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
     group = group_of(layer) if layer.training else None
     if group is not None:
-        y, mean, unbiased_var = synchronized_batch_norm(x, layer.weight, layer.bias, number, layer.eps, group)
+        y, mean, unbiased_var = synchronized_batch_norm(
+            x, layer.weight, layer.bias, number, layer.eps, group, lead
+        )
         y = y if residual is None else y + residual
         y = relu(y) if activation == "relu" else y
     else:
-        y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, **options)
-        values = x.numel() // (number * x.shape[1])
-        unbiased_var = var * (values / max(values - 1, 1))
+        y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, lead_rows=lead, **options)
+        unbiased_var = _unbiased(var, x, lead)
     tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
     if tracks and x.numel():
         if ghosts is None:
@@ -99,6 +120,19 @@ def run_batch_norm(
         elif ghosts.on_statistics is not None:
             ghosts.on_statistics(layer, mean, unbiased_var)
     return y
+
+
+def _unbiased(var: Tensor, x: Tensor, lead: int | None) -> Tensor:
+    """The unbiased variances (m, C) from the biased ones."""
+    positions = x.shape[2:].numel()
+
+    def of_rows(variances: Tensor, rows: int) -> Tensor:
+        values = rows * positions // len(variances)
+        return variances * (values / max(values - 1, 1))
+
+    if lead is None:
+        return of_rows(var, x.shape[0])
+    return torch.cat([of_rows(var[:1], lead), of_rows(var[1:], x.shape[0] - lead)])
 
 
 def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:

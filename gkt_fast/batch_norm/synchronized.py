@@ -1,8 +1,9 @@
 """BatchNorm of stacked batches over several processes: every ghost batch is joined with its parts on the other ranks.
 
 The processes exchange each ghost batch's mean, biased variance and number of values, all ghosts of a layer in one
-collective; backward exchanges two sums per channel. Means and variances are merged as in Chan, Golub and LeVeque
-(1979), which keeps the digits that a sum of squares would lose.
+collective; ghosts may have other rows than the first, and ranks other rows than each other; backward exchanges two
+sums per channel. Means and variances are merged as in Chan, Golub and LeVeque (1979), which keeps the digits that a
+sum of squares would lose.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ def group_of(layer: nn.Module) -> dist.ProcessGroup | None:
 
 
 def synchronized_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, ghosts: int, eps: float, group: dist.ProcessGroup
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghosts: int,
+    eps: float,
+    group: dist.ProcessGroup,
+    lead_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, unbiased variance): x normalised per ghost batch with the statistics of all ranks' parts.
 
@@ -36,17 +43,18 @@ def synchronized_batch_norm(
     gradient of x is that of the sum of all ranks' losses; those of weight and bias are this rank's share.
 
     Args:
-        x: (m*B, C, *spatial).
+        x: (m*B, C, *spatial), or (lead_rows + (m-1)*B, C, *spatial).
         weight: (C,), or None.
         bias: (C,), or None.
         ghosts: m.
         eps: added to the variance.
         group: the processes.
+        lead_rows: rows of the first ghost batch, if not as many as of each other one.
 
     Returns:
         y like x; mean and unbiased variance (m, C), detached, in float32 or x's wider dtype.
     """
-    return _SynchronizedBatchNorm.apply(x, weight, bias, ghosts, eps, group)
+    return _SynchronizedBatchNorm.apply(x, weight, bias, ghosts, eps, group, lead_rows)
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
@@ -59,52 +67,87 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         ghosts: int,
         eps: float,
         group: dist.ProcessGroup,
+        lead_rows: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = _per_ghost(x, ghosts)
-        var, mean = torch.var_mean(values, _rows(values), correction=0)
-        count = mean.new_full((1,), values.numel() / mean.numel())
-        parts = _gather(torch.cat([mean.flatten(), var.flatten(), count]), group)
-        means, variances = parts[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
-        counts = parts[:, -1].view(-1, 1, 1)
-        total = counts.sum()
+        parts = _of_equal_rows(x, ghosts, lead_rows)
+        moments = [torch.var_mean(values, _rows(values), correction=0) for values in parts]
+        var, mean = (torch.cat(statistic) for statistic in zip(*moments, strict=True))
+        own = [
+            m.new_full(m.shape[:1], v.numel() / m.numel()) for v, (_, m) in zip(parts, moments, strict=True)
+        ]
+        gathered = _gather(torch.cat([mean.flatten(), var.flatten(), *own]), group)
+        means, variances = gathered[:, :-ghosts].unflatten(1, (2, *mean.shape)).unbind(1)
+        counts = gathered[:, -ghosts:, None]
+        total = counts.sum(0)
         mean = (counts * means).sum(0) / total
         var = (counts * (variances + (means - mean).square())).sum(0) / total
-        y = (values - _like(mean, values)) * _like(torch.rsqrt(var + eps), values)
-        if weight is not None:
-            y = y * _like(weight.to(values.dtype), values)
-        if bias is not None:
-            y = y + _like(bias.to(values.dtype), values)
+        scale = torch.rsqrt(var + eps)
+        normalized = []
+        for values, ghost_mean, ghost_scale in zip(
+            parts, _split(mean, parts), _split(scale, parts), strict=True
+        ):
+            y = (values - _like(ghost_mean, values)) * _like(ghost_scale, values)
+            if weight is not None:
+                y = y * _like(weight.to(values.dtype), values)
+            if bias is not None:
+                y = y + _like(bias.to(values.dtype), values)
+            normalized.append(y.flatten(0, 1))
         unbiased = var * (total / (total - 1))
         ctx.save_for_backward(x, weight, mean, var, total)
-        ctx.ghosts, ctx.eps, ctx.group = ghosts, eps, group
+        ctx.ghosts, ctx.eps, ctx.group, ctx.lead_rows = ghosts, eps, group, lead_rows
         ctx.mark_non_differentiable(mean, unbiased)
-        return y.flatten(0, 1).to(x.dtype), mean, unbiased
+        return _joined(normalized).to(x.dtype), mean, unbiased
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, total = ctx.saved_tensors
-        values, dy = _per_ghost(x, ctx.ghosts), _per_ghost(gradient, ctx.ghosts)
         scale = torch.rsqrt(var + ctx.eps)
-        normalized = (values - _like(mean, values)) * _like(scale, values)
-        sums = torch.stack([dy.sum(_rows(dy)), (dy * normalized).sum(_rows(dy))])
+        parts, dys = (_of_equal_rows(tensor, ctx.ghosts, ctx.lead_rows) for tensor in (x, gradient))
+        normalized = [
+            (values - _like(ghost_mean, values)) * _like(ghost_scale, values)
+            for values, ghost_mean, ghost_scale in zip(
+                parts, _split(mean, parts), _split(scale, parts), strict=True
+            )
+        ]
+        sums = torch.stack(
+            [
+                torch.cat([dy.sum(_rows(dy)) for dy in dys]),
+                torch.cat([(dy * n).sum(_rows(dy)) for dy, n in zip(dys, normalized, strict=True)]),
+            ]
+        )
         d_bias, d_weight = sums.sum(1)
         dist.all_reduce(sums, group=ctx.group)
-        mean_dy, mean_dy_normalized = sums / total
-        dx = dy - _like(mean_dy, dy) - normalized * _like(mean_dy_normalized, dy)
-        dx = dx * _like(scale if weight is None else scale * weight.to(scale.dtype), dx)
+        means = (_split(mean_sum, parts) for mean_sum in sums / total)
+        factors = _split(scale if weight is None else scale * weight.to(scale.dtype), parts)
+        dx = [
+            (dy - _like(mean_dy, dy) - n * _like(mean_dy_n, dy)) * _like(factor, dy)
+            for dy, n, mean_dy, mean_dy_n, factor in zip(dys, normalized, *means, factors, strict=True)
+        ]
         needs = ctx.needs_input_grad
         return (
-            dx.flatten(0, 1).to(x.dtype) if needs[0] else None,
+            _joined([part.flatten(0, 1) for part in dx]).to(x.dtype) if needs[0] else None,
             d_weight if needs[1] else None,
             d_bias if needs[2] else None,
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 
-def _per_ghost(x: Tensor, ghosts: int) -> Tensor:
-    """(m, B, C, *spatial) in the dtype in which statistics are taken."""
-    return x.unflatten(0, (ghosts, -1)).to(torch.promote_types(x.dtype, torch.float32))
+def _of_equal_rows(x: Tensor, ghosts: int, lead_rows: int | None) -> list[Tensor]:
+    """Each (m, B, C, *spatial) in the dtype in which statistics are taken: all ghosts, or the first and the others."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if lead_rows is None or ghosts == 1:
+        return [x.unflatten(0, (ghosts, -1))]
+    return [x[None, :lead_rows], x[lead_rows:].unflatten(0, (ghosts - 1, -1))]
+
+
+def _split(statistic: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """(m, C) for each of the parts."""
+    return statistic.split([len(part) for part in parts])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _rows(values: Tensor) -> list[int]:

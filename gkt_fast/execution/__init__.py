@@ -5,7 +5,7 @@ from __future__ import annotations
 from .choice import Choice, choose_execution
 from .explanation import explain_step
 from .modes import EXECUTION_MODES
-from .stacked import StackingError
+from .stackable import StackingError
 from .step import Execution, Mode, StepResult
 
 __all__ = [

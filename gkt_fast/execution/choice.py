@@ -37,6 +37,7 @@ from ..network.noise import DrawDetector
 from ..subnets.streams import Streams
 from . import plain, stacked
 from .modes import EXECUTION_MODES
+from .stackable import StackingError, reason_against
 from .step import Execution, Mode, StepResult
 from .verification import Verification
 
@@ -86,7 +87,7 @@ def choose_execution(network: Network, streams: Streams) -> Choice:
 
 
 def _refusal_of(mode: str, reason: str) -> SharedStateError:
-    kind = stacked.StackingError if mode == "stacked" else SharedStateError
+    kind = StackingError if mode == "stacked" else SharedStateError
     return kind(f"execution={mode!r} can't run this model: {reason}")
 
 
@@ -110,9 +111,9 @@ def _choose_automatically(network: Network, streams: Streams) -> Choice:
 
 
 def _stacking_against(network: Network, streams: Streams) -> str | None:
-    """`stacked.reason_against`, and that a look at the model fails which stacking needs and sharing doesn't."""
+    """`reason_against`, and that a look at the model fails which stacking needs and sharing doesn't."""
     try:
-        return stacked.reason_against(network, streams)
+        return reason_against(network, streams)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -210,7 +211,7 @@ def _run_stacked_or_next(
     mode = EXECUTION_MODES["stacked"]
     try:
         return mode.run(network, inputs, targets, streams, loss_scale)
-    except stacked.StackingError as error:
+    except StackingError as error:
         network.verdicts["stacked"] = str(error)
     return choose_execution(network, streams).run(network, inputs, targets, streams, loss_scale)
 

@@ -37,9 +37,11 @@ def joint_loss(
     """
     options = LossOptions.from_config(streams.config)
     if streams.criterion is None:
-        return _op(logits, targets, full_logits, options)
+        return group_knowledge_loss(logits, targets, full_logits=full_logits, options=options)
     full, subnets = (logits[0], logits[1:]) if full_logits is None else (full_logits, logits)
-    loss, terms = _op(logits, no_targets(full), full_logits, distillation_options(options))
+    loss, terms = group_knowledge_loss(
+        logits, no_targets(full), full_logits=full_logits, options=distillation_options(options)
+    )
     value = target_loss(full, targets, streams).to(loss.dtype)
     if options.ce_weight:
         loss = loss + options.ce_weight * value
@@ -48,24 +50,6 @@ def joint_loss(
         for subnet in subnets:
             loss = loss + options.subnet_ce_weight * target_loss(subnet, targets, streams)
     return loss, torch.cat([value.detach().reshape(1), terms[1:]])
-
-
-def _op(logits, targets, full_logits, options):
-    if full_logits is None:
-        return group_knowledge_loss(logits, targets, options=options)
-    knowledge = GroupKnowledge(options=options)
-    o, m = options, logits.shape[1]
-    terms = [knowledge.full(full_logits, targets)]
-    knowledge.teach(full_logits[:m])
-    weighted = [o.ce_weight * terms[0]] if o.ce_weight else []
-    for stream in range(logits.shape[0]):
-        terms.append(knowledge.subnet(logits[stream], targets[:m], group=stream % o.groups + 1))
-        if o.kd_weight:
-            weighted.append(o.kd_weight * terms[-1])
-        if o.subnet_ce_weight:
-            weighted.append(o.subnet_ce_weight * knowledge.cross_entropy(logits[stream], targets[:m]))
-    loss = torch.stack(weighted).sum() if weighted else 0.0 * terms[0].nan_to_num(0.0, 0.0, 0.0)
-    return loss, torch.stack(terms).detach()
 
 
 def target_loss(logits: Tensor, targets: Any, streams: Streams) -> Tensor:

@@ -8,7 +8,7 @@ layers in common hand out the first m rows of what they gave for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class Share(NamedTuple):
         """The first m rows of every tensor with B of them, in nested tuples, lists and mappings; others as they are."""
 
         def head(tensor: Tensor) -> Tensor:
-            return tensor[: self.rows] if tensor.dim() and tensor.shape[0] == self.batch else tensor
+            return tensor[: self.rows] if self._is_batch(tensor) else tensor
 
         return map_tensors(head, values)
 
@@ -62,17 +62,23 @@ class Share(NamedTuple):
         return result
 
     def _cut_nested(self, values: Any, found: list[Any]) -> Any:
-        if any(tensor.dim() and tensor.shape[0] == self.batch for tensor in tensors_in(values)):
-            found.append(values)
+        """The same of any values; what was cut is put on `found`."""
+        if isinstance(values, Tensor):
+            if self._is_batch(values):
+                found.append(values)
             return self.cut(values)
         if isinstance(values, Mapping):
             return {key: self._cut_nested(value, found) for key, value in values.items()}
-        if isinstance(values, Sequence) and not isinstance(values, str | bytes):
-            if len(values) == self.batch:
-                found.append(values)
-                return values[: self.rows]
-            return type(values)([self._cut_nested(value, found) for value in values])
-        return values
+        if not isinstance(values, list | tuple):
+            return values
+        if len(values) == self.batch and not any(self._is_batch(tensor) for tensor in tensors_in(values)):
+            found.append(values)
+            return values[: self.rows]
+        entries = [self._cut_nested(value, found) for value in values]
+        return type(values)(*entries) if hasattr(values, "_fields") else type(values)(entries)
+
+    def _is_batch(self, tensor: Tensor) -> bool:
+        return bool(tensor.dim()) and tensor.shape[0] == self.batch
 
     def check_block(self, path: str, output: Any) -> None:
         """Checks that what a block of the full network returned can be cut.

@@ -1,10 +1,11 @@
 """`execution="stacked"`: every state once, and the states that run the same layer as one batch.
 
 The model's own forward runs once, on activations in which the ghost batches (B rows each) of several states are
-stacked. Where states meet, they are ordered by the number of blocks that lie before them, most first: those that still
-run are then a leading slice. A state that a stream keeps while others go on is put aside, and is stacked again where
-its streams run next. BatchNorm normalises every ghost batch by itself. The full network runs every block, so its ghost
-batch comes first.
+stacked. With a share of the batch for subnets (share.py) only the full network's has B rows; a state that leaves it
+takes its first rows along. Where states meet, they are ordered by the number of blocks that lie before them, most
+first: those that still run are then a leading slice. A state that a stream keeps while others go on is put aside, and
+is stacked again where its streams run next. BatchNorm normalises every ghost batch by itself. The full network runs
+every block, so its ghost batch comes first.
 
 No layer but BatchNorm may mix the rows of a batch, and blocks must take and return one activation (other arguments may
 not be tensors).
@@ -12,7 +13,6 @@ not be tensors).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,10 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..batch_norm.kinds import is_batch_norm
 from ..batch_norm.layer import ghost_batches, run_batch_norm_layer
-from ..batch_norm.statistics import StreamStatistics, compiled_batch_norm
+from ..batch_norm.statistics import StreamStatistics
 from ..network.block_order import BlockOrder
-from ..network.calls import SharedStateError
-from ..network.discovery import observes_ranges
 from ..network.inputs import call_model
 from ..network.interception import Site, find_layers, intercept
 from ..network.network import Network
@@ -37,61 +35,12 @@ from ..network.recomputation import Regions, in_region, recomputing
 from ..subnets.plan import Layer, Plan, make_plan
 from ..subnets.streams import Streams
 from .loss import joint_loss
-from .partition import ghost, lead_and_kept
+from .partition import Rows, lead_and_kept
+from .share import Share, share_of
+from .stackable import RECOMPUTED, StackingError, allow_recomputation, forbid_recomputation, reason_against
 from .step import Mode, StepResult
 
-__all__ = ["MODE", "StackingError", "reason_against", "run_stacked"]
-
-
-class StackingError(SharedStateError):
-    """Several states of the model can't run as one batch; the message says why."""
-
-
-def reason_against(network: Network, streams: Streams) -> str | None:
-    """Why states of this network can't be stacked; None: nothing that can be seen before it runs."""
-    if streams.config.subnet_share != 1:
-        return "subnet_share is below 1, and execution='stacked' runs states of equal rows alone"
-    reason = _norm_against(network.model)
-    if reason is not None:
-        return reason
-    layers = network.layers(streams.config.independent_noise)
-    older = next((layer for layer in layers if layer.reads_back is not None), None)
-    if older is not None:
-        return (
-            f"{older.path!r} or the code beside it reads {older.reads_back} again, after layers in between; "
-            "execution='stacked' has other states stacked by then"
-        )
-    stem = itertools.takewhile(lambda layer: not layer.is_block, layers)
-    noisy = next((layer for layer in stem if layer.draws_noise), None)
-    if noisy is not None:
-        return (
-            f"layer {noisy.path!r} draws random numbers before the first block; execution='stacked' can't draw them "
-            "for each stream (independent_noise=True)"
-        )
-    return None
-
-
-def _norm_against(model: nn.Module) -> str | None:
-    """Which normalisation layer or quantiser can't run per ghost batch, and why; None: there is none."""
-    compiled = compiled_batch_norm(model)
-    if compiled is not None:
-        return f"{compiled!r} is compiled, so that the BatchNorm inside can't be run for each state by itself"
-    for path, module in model.named_modules():
-        if observes_ranges(module):
-            return f"{path!r} ({type(module).__name__}) takes its range over all stacked states"
-        if not isinstance(module, _NormBase):
-            continue
-        name = f"{path!r} ({type(module).__name__})"
-        if not is_batch_norm(module):
-            if isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
-                if module.track_running_stats:
-                    return f"{name} averages its running statistics over all stacked states"
-                continue
-            return f"{name} looks across the batch in a way of its own"
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if module._backward_hooks or any(hook is not _refuse_recomputation for hook in hooks):
-            return f"{name} has hooks, which would see several states as one batch"
-    return None
+__all__ = ["MODE", "run_stacked"]
 
 
 def run_stacked(
@@ -106,23 +55,30 @@ def run_stacked(
     Raises:
         StackingError: it shows while the model runs that it can't be stacked.
     """
-    logits = _stacked_logits(network, inputs, streams, watch=not network.returns)
-    loss, terms = joint_loss(logits, targets, streams)
-    _forbid_recomputation(network.model, loss)
-    return StepResult(loss, terms, logits[0].detach())
+    share = share_of(streams, inputs)
+    logits, full = _stacked_logits(network, inputs, streams, share, watch=not network.returns)
+    loss, terms = joint_loss(logits, targets, streams, full, share)
+    forbid_recomputation(network.model, loss)
+    return StepResult(loss, terms, (logits[0] if full is None else full).detach())
 
 
 def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
-    return list(_stacked_logits(network, inputs, streams, watch=True).unbind())
+    logits, full = _stacked_logits(network, inputs, streams, share_of(streams, inputs), watch=True)
+    return [*([] if full is None else [full]), *logits.unbind()]
 
 
-def _stacked_logits(network: Network, inputs: tuple[Any, ...], streams: Streams, watch: bool) -> Tensor:
-    """(S, B, ...) logits; `watch`: for decisions by an activation's values."""
+def _stacked_logits(
+    network: Network, inputs: tuple[Any, ...], streams: Streams, share: Share | None, watch: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(S, B, ...) logits; with a share those of the subnets (S - 1, m, ...) and of the full network (B, ...).
+
+    `watch`: for decisions by an activation's values.
+    """
     independent_noise = streams.config.independent_noise
     plan = make_plan(network.layers(independent_noise), streams.dropped)
     statistics = StreamStatistics(streams.all_update_statistics)
-    stack = _Stack(plan, network, statistics, independent_noise=independent_noise)
-    _allow_recomputation([module for module in network.model.modules() if is_batch_norm(module)])
+    stack = _Stack(plan, network, statistics, independent_noise=independent_noise, share=share)
+    allow_recomputation([module for module in network.model.modules() if is_batch_norm(module)])
     norms = find_layers(network.model, is_batch_norm)
     with (
         _RefuseDecisions() if watch else nullcontext(),
@@ -154,40 +110,8 @@ class _RefuseDecisions(TorchFunctionMode):
 
 def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     if module.training and not recomputing() and in_region():
-        raise StackingError(_RECOMPUTED)
+        raise StackingError(RECOMPUTED)
     return run_batch_norm_layer(module, *args, **kwargs)
-
-
-def _forbid_recomputation(model: nn.Module, loss: Tensor) -> None:
-    """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
-    layers = [module for module in model.modules() if is_batch_norm(module) and module.training]
-
-    def forbid(gradient: Tensor) -> None:
-        _allow_recomputation(layers)  # of a backward that failed
-        for layer in layers:
-            layer.register_forward_pre_hook(_refuse_recomputation)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _allow_recomputation(layers))
-
-    if layers and loss.requires_grad:
-        loss.register_hook(forbid)
-
-
-_RECOMPUTED = (
-    "a BatchNorm would be recomputed during backward (activation checkpointing), where execution='stacked' can't tell "
-    "the states apart. Use execution='shared' or 'lean'"
-)
-
-
-def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
-    if recomputing():
-        raise StackingError(_RECOMPUTED)
-
-
-def _allow_recomputation(layers: list[nn.Module]) -> None:
-    for layer in layers:
-        for key, hook in [*layer._forward_pre_hooks.items()]:
-            if hook is _refuse_recomputation:
-                del layer._forward_pre_hooks[key]
 
 
 class _Stack:
@@ -198,11 +122,19 @@ class _Stack:
         network: the network.
         statistics: receives the batch statistics of every BatchNorm call.
         independent_noise: whether layers that draw random numbers draw them for each stream.
+        share: the rows that subnets see; None: all.
     """
 
     def __init__(
-        self, plan: Plan, network: Network, statistics: StreamStatistics, *, independent_noise: bool
+        self,
+        plan: Plan,
+        network: Network,
+        statistics: StreamStatistics,
+        *,
+        independent_noise: bool,
+        share: Share | None,
     ) -> None:
+        self._rows = None if share is None else Rows(share.batch, share.rows)
         self.plan = plan
         self.network = network
         self.statistics = statistics
@@ -265,7 +197,7 @@ class _Stack:
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         noisy = self.plan.layers[self.position].draws_noise
         with (
-            ghost_batches(len(self.stacked), self.statistics.receiver(self.stacked)),
+            ghost_batches(len(self.stacked), self.statistics.receiver(self.stacked), self._rows),
             forbid_draws(None if noisy else self._detector, site.path),
         ):
             if self.position == 0 and not site.is_block:
@@ -283,7 +215,7 @@ class _Stack:
                     f"states are stacked before {site.path!r}, within a region of activation checkpointing"
                 )
             elif any(isinstance(inner, _NormBase) and inner.training for inner in module.modules()):
-                raise StackingError(_RECOMPUTED)
+                raise StackingError(RECOMPUTED)
         if reason is not None:
             raise StackingError(f"{reason}, which execution='stacked' can't recompute")
 
@@ -309,7 +241,7 @@ class _Stack:
         segment = self._until_next_block()
         is_block = bool(segment) and segment[0].is_block
         apart = any(layer.draws_noise for layer in segment)
-        rows = x.shape[0] // len(self.stacked)
+        rows = self._rows_of(x)
         run: dict[tuple[int, int], list[int]] = {}
         stay: dict[int, list[int]] = {}
         for stream, state in enumerate(self._state_of):
@@ -325,15 +257,30 @@ class _Stack:
             x, parts = lead_and_kept(x, rows, len(stacked), list(kept.values()))
         else:
             stacked.sort(key=self._run_length, reverse=True)
-            parts = [ghost(x, i, rows) for i in kept.values()]
-            sources = [(streams[0], self._state_of[streams[0]]) for streams in stacked]
+            others = [streams[0] for streams in stacked[1:]]  # behind the full network's
+            here = [stream for stream in others if stream in index]
+            lead, parts = lead_and_kept(x, rows, 1, [*(index[stream] for stream in here), *kept.values()])
+            found = dict(zip(here, parts, strict=False))
+            parts = parts[len(here) :]
             x = torch.cat(
-                [ghost(x, index[s], rows) if s in index else self.aside[state] for s, state in sources]
+                [lead, *(found[s] if s in found else self.aside[self._state_of[s]] for s in others)]
             )
         self.aside = {state: self.aside[state] for state in stay if state not in kept}
         self.aside |= dict(zip(kept, parts, strict=True))
         self.stacked = stacked
         return x
+
+    def _rows_of(self, x: Tensor) -> Rows:
+        """Of the ghost batches in `x`."""
+        if self._rows is None:
+            return Rows(*(x.shape[0] // len(self.stacked),) * 2)
+        if x.shape[0] != self._rows.start(len(self.stacked)):
+            raise StackingError(
+                f"an activation between blocks has {x.shape[0]} rows where the full network's {self._rows.lead} and "
+                f"{len(self.stacked) - 1} times {self._rows.other} of subnets are stacked; with subnet_share below 1 "
+                "the first dimension must be the batch"
+            )
+        return self._rows
 
     def _until_next_block(self) -> Sequence[Layer]:
         """The next layer if it is a block, or the layers up to the next block."""
@@ -354,15 +301,25 @@ class _Stack:
             length += 1
         return length
 
-    def per_stream(self, logits: Tensor) -> Tensor:
-        """(S, B, ...) from the stacked logits of the final states."""
-        ghosts = logits.reshape(len(self.stacked), -1, *logits.shape[1:])
+    def per_stream(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the stacked logits of the final states those of the streams, as `_stacked_logits`."""
         ghost_of = {stream: i for i, streams in enumerate(self.stacked) for stream in streams}
         index = [ghost_of[stream] for stream in range(len(ghost_of))]
-        if index == list(range(len(self.stacked))):
-            return ghosts
-        parts = ghosts.unbind()
-        return torch.stack([parts[i] for i in index])  # an index tensor would be copied from the host
+        apart = index == list(range(len(self.stacked)))
+        if self._rows is None:
+            ghosts = logits.reshape(len(self.stacked), -1, *logits.shape[1:])
+            if apart:
+                return ghosts, None
+            parts = ghosts.unbind()
+            return torch.stack(
+                [parts[i] for i in index]
+            ), None  # an index tensor would be copied from the host
+        rows = self._rows_of(logits)
+        if apart:
+            full, subnets = logits.split([rows.lead, logits.shape[0] - rows.lead])
+            return subnets.unflatten(0, (-1, rows.other)), full
+        full, parts = lead_and_kept(logits, rows, 1, index[1:])
+        return torch.stack(parts), full
 
 
 def _refusal(network: Network, streams: Streams) -> StackingError | None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from gkt_fast import GKT, GKTConfig
 from gkt_fast.execution import StackingError
 from gkt_fast.execution.lean import stream_order
-from gkt_fast.execution.partition import lead_and_kept
+from gkt_fast.execution.partition import Rows, lead_and_kept
 from gkt_fast.models import cifar_resnet
 from gkt_fast.subnets.plan import Layer, make_plan
 
@@ -148,7 +148,7 @@ def test_lead_and_kept_gradients(lead, kept, channels_last):
     x = torch.randn(6, 3, 4, 5, dtype=torch.double)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    leading, parts = lead_and_kept(mine, 2, lead, kept)
+    leading, parts = lead_and_kept(mine, Rows(2, 2), lead, kept)
     expected = [other[: lead * 2], *(other[i * 2 : i * 2 + 2] for i in kept)]
     for a, b in zip([leading, *parts], expected, strict=True):
         assert torch.equal(a, b)
