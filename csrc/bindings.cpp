@@ -58,15 +58,16 @@ gkt_activation activation(const Activation& a) {
   return {pointer(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
 }
 
-// (dtype, channels_last, ghosts, rows of a ghost batch, channels, positions)
-using Shape = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, int64_t>;
+// (dtype, channels_last, ghosts, rows of each but the first, channels, positions, rows of the
+// first)
+using Shape = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 gkt_ghost_batch_norm_params ghost_batch_norm_params(const Shape& shape, double eps, bool relu,
                                                     bool use_running) {
   gkt_ghost_batch_norm_params params = {};
   int32_t channels_last = 0;
   std::tie(params.dtype, channels_last, params.ghosts, params.ghost_rows, params.channels,
-           params.positions) = shape;
+           params.positions, params.lead_rows) = shape;
   params.channels_last = channels_last;
   params.eps = eps;
   params.relu = relu;
@@ -86,7 +87,8 @@ template <auto run, class Where>
 void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_running,
                           const Activation& x, const Activation& residual, uintptr_t weight,
                           uintptr_t bias, uintptr_t keep, const Activation& y, uintptr_t statistics,
-                          uintptr_t mask, uintptr_t workspace, Where where) {
+                          uintptr_t mask, uintptr_t running_mean, uintptr_t running_var,
+                          double momentum, uintptr_t workspace, Where where) {
   gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
   params.x = activation(x);
   params.residual = activation(residual);
@@ -94,6 +96,9 @@ void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_ru
   params.bias = pointer(bias);
   params.keep = pointer<const uint8_t>(keep);
   params.y = activation(y);
+  params.running_mean = pointer(running_mean);
+  params.running_var = pointer(running_var);
+  params.momentum = momentum;
   params.statistics = pointer(statistics);
   params.mask = pointer<uint8_t>(mask);
   params.workspace = pointer(workspace);

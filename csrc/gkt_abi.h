@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define GKT_ABI_VERSION 1
+#define GKT_ABI_VERSION 2
 
 enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16 = 3 };
 
@@ -25,6 +25,8 @@ struct gkt_activation {
 // position_stride is 1. `mask` has one bit per element, 1 where the gradient passes the ReLU: rows
 // of ceil(length / 8) bytes, lowest bit first, one per (batch, position) of length channels in
 // channels_last, else one per (batch, channel) of length positions; unused bits are 0.
+// The first ghost batch has lead_rows batch rows, each other one ghost_rows; where there is one
+// only, ghost_rows is lead_rows.
 struct gkt_ghost_batch_norm_params {
   struct gkt_activation x, residual, y, grad_y, grad_x, grad_residual;
   uint8_t* mask;        // null without ReLU
@@ -32,11 +34,15 @@ struct gkt_ghost_batch_norm_params {
   const void* bias;     // (channels), null for 0
   void* statistics;     // in when use_running, else out of the forward pass and into the backward
   const uint8_t* keep;  // (ghosts), null for all
-  void* grad_weight;    // (channels)
-  void* grad_bias;      // (channels)
+  // (channels) each, null for none; of a single ghost batch, whose statistics, the variance
+  // unbiased, the forward pass mixes in: r = (1 - momentum) r + momentum * statistic.
+  void* running_mean;
+  void* running_var;
+  void* grad_weight;  // (channels)
+  void* grad_bias;    // (channels)
   void* workspace;  // CUDA: gkt_ghost_batch_norm_workspace_cuda() elements of the statistics' dtype
-  int64_t ghosts, ghost_rows, channels, positions;
-  double eps;
+  int64_t ghosts, lead_rows, ghost_rows, channels, positions;
+  double eps, momentum;
   int32_t dtype, channels_last, relu, use_running;
 };
 

@@ -71,8 +71,10 @@ namespace {
 
 void check(const gkt_ghost_batch_norm_params& p, int threads) {
   if (threads < 1) throw InvalidArgument("ghost_batch_norm: threads must be at least 1");
-  if (p.ghosts < 1 || p.ghost_rows < 1 || p.channels < 1 || p.positions < 1)
+  if (p.ghosts < 1 || p.lead_rows < 1 || p.ghost_rows < 1 || p.channels < 1 || p.positions < 1)
     throw InvalidArgument("ghost_batch_norm: every size must be at least 1");
+  if (p.running_mean != nullptr && (p.ghosts != 1 || p.use_running || p.running_var == nullptr))
+    throw InvalidArgument("ghost_batch_norm: running statistics are those of one ghost batch");
   if (p.dtype < GKT_FLOAT32 || p.dtype > GKT_FLOAT16)
     throw InvalidArgument("ghost_batch_norm: unknown dtype");
   if (p.relu && p.mask == nullptr) throw InvalidArgument("ghost_batch_norm: ReLU needs a mask");

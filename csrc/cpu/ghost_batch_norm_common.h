@@ -29,6 +29,20 @@ class Scratch {
   void* data_;
 };
 
+GKT_INLINE int64_t rows_of(const Params& p, int64_t ghost) {
+  return ghost == 0 ? p.lead_rows : p.ghost_rows;
+}
+
+// Of all ghost batches before this one.
+GKT_INLINE int64_t rows_before(const Params& p, int64_t ghost) {
+  return ghost == 0 ? 0 : p.lead_rows + (ghost - 1) * p.ghost_rows;
+}
+
+// Of a channel of a ghost batch.
+GKT_INLINE double values_of(const Params& p, int64_t ghost) {
+  return static_cast<double>(rows_of(p, ghost) * p.positions);
+}
+
 // What one (ghost batch, channel) needs of its statistics.
 template <class A>
 struct Affine {
@@ -49,9 +63,19 @@ struct Affine {
     statistics[0] = static_cast<A>(mean);
     statistics[plane] = static_cast<A>(mean - statistics[0]);
     statistics[2 * plane] = static_cast<A>(var > 0 || var != var ? var : 0);
+    if (p.running_mean == nullptr) return;
+    const double n = values_of(p, ghost);
+    mix(p, p.running_mean, c, mean);
+    mix(p, p.running_var, c, statistics[2 * plane] * (n / (n > 1 ? n - 1 : 1)));
   }
   double scale() const { return weight * rstd; }
   double offset() const { return bias - low * scale(); }
+
+ private:
+  static void mix(const Params& p, void* running, int64_t c, double statistic) {
+    A& r = static_cast<A*>(running)[c];
+    r = static_cast<A>((1 - p.momentum) * r + p.momentum * statistic);
+  }
 };
 
 // dx = scale * dz + slope * (x - mean) + offset, from the sums of dz and dz * (x - mean).
@@ -59,12 +83,12 @@ struct Gradient {
   double slope = 0, offset = 0, weight, bias;
 
   template <class A>
-  Gradient(const Params& p, const Affine<A>& affine, double sum, double product) {
+  Gradient(const Params& p, int64_t ghost, const Affine<A>& affine, double sum, double product) {
     product -= affine.low * sum;
     weight = product * affine.rstd;
     bias = sum;
     if (p.use_running) return;
-    const double n = static_cast<double>(p.ghost_rows * p.positions);
+    const double n = values_of(p, ghost);
     slope = -affine.scale() * affine.rstd * affine.rstd * product / n;
     offset = -affine.scale() * sum / n - slope * affine.low;
   }

@@ -24,9 +24,15 @@ class Planes {
 
   template <bool relu, bool has_residual>
   void forward() const {
+    // Neighbours in memory one after the other, unless that gives one thread the long ghost batch.
+    const bool equal = p.lead_rows == p.ghost_rows;
     parallel_for(p.ghosts * p.channels, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i)
-        forward<relu, has_residual>(i / p.channels, i % p.channels);
+      for (int64_t i = begin; i < end; ++i) {
+        if (equal)
+          forward<relu, has_residual>(i / p.channels, i % p.channels);
+        else
+          forward<relu, has_residual>(i % p.ghosts, i / p.ghosts);
+      }
     });
   }
 
@@ -79,7 +85,7 @@ class Planes {
                  strip_backward_sums<T, A, 1, relu>(part, steps, count, mean, first, second);
                });
     }
-    const Gradient gradient(p, affine, sum, product);
+    const Gradient gradient(p, g, affine, sum, product);
     if (keep) {
       grad_weight += gradient.weight;
       grad_bias += gradient.bias;
@@ -97,7 +103,7 @@ class Planes {
   }
 
   void statistics(int64_t g, int64_t c) const {
-    const double n = static_cast<double>(p.ghost_rows * p.positions);
+    const double n = values_of(p, g);
     const A shift = first_shift(g, c);
     const One shifts = One::all(shift);
     double sum = 0, square = 0;
@@ -111,11 +117,11 @@ class Planes {
 
   // The mean of four values spread over the channel: near its mean, and exact for equal values.
   A first_shift(int64_t g, int64_t c) const {
-    const int64_t n = p.ghost_rows * p.positions;
+    const int64_t n = rows_of(p, g) * p.positions, first_row = rows_before(p, g);
     const int samples = n >= 4 ? 4 : 1;
     A sum = 0;
     for (int sample = 0; sample < samples; ++sample) {
-      const int64_t at = n / samples * sample, row = g * p.ghost_rows + at / p.positions;
+      const int64_t at = n / samples * sample, row = first_row + at / p.positions;
       const T* x =
           static_cast<const T*>(p.x.data) + row * p.x.batch_stride + c * p.x.channel_stride;
       sum += load<Lanes<A>>(x + at % p.positions, 1)[0];
@@ -127,8 +133,9 @@ class Planes {
   // its rest.
   template <class Body>
   GKT_INLINE void each_plane(int64_t g, int64_t c, bool backwards, const Body& body) const {
-    for (int64_t i = 0; i < p.ghost_rows; ++i) {
-      const int64_t row = g * p.ghost_rows + (backwards ? p.ghost_rows - 1 - i : i);
+    const int64_t first_row = rows_before(p, g), rows = rows_of(p, g);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first_row + (backwards ? rows - 1 - i : i);
       const int64_t line = mask_bytes(p.positions);
       const auto start = [&](const gkt_activation& tensor) {
         return row * tensor.batch_stride + c * tensor.channel_stride;

@@ -9,8 +9,8 @@ namespace gkt {
 namespace GKT_ISA {
 namespace {
 
-// A ghost batch is cut into chunks of rows. Any thread sums a chunk into its own slot, and slots
-// are merged in order.
+// A row here is one position of one batch row. A ghost batch is cut into chunks of rows. Any thread
+// sums a chunk into its own slot, and slots are merged in order.
 template <class T>
 class Rows {
   using A = typename ArithmeticOf<T>::type;
@@ -20,10 +20,11 @@ class Rows {
       : p(params),
         threads(threads),
         channels(params.channels),
-        rows(params.ghost_rows * params.positions),
         tile_rows(at_least(1, 1024 / channels)),
         chunk_rows(at_least(tile_rows, at_most(1024, 16384 / channels))),
-        chunks((rows + chunk_rows - 1) / chunk_rows),
+        lead_chunks(chunks_in(params.lead_rows * params.positions)),
+        other_chunks(chunks_in(params.ghost_rows * params.positions)),
+        all_chunks(lead_chunks + (params.ghosts - 1) * other_chunks),
         streams(can_stream()) {}
 
   template <bool relu, bool has_residual>
@@ -40,9 +41,9 @@ class Rows {
       }
     }
     const A* const mean = static_cast<const A*>(p.statistics);
-    each_tile(true, [&](int64_t g, int64_t, int64_t row, int64_t steps) {
-      const int64_t at = g * channels;
-      const Strip<T> tile = strip(g * rows + row);
+    each_tile(true, [&](const Chunk& chunk, int64_t row, int64_t steps) {
+      const int64_t g = chunk.ghost, at = g * channels;
+      const Strip<T> tile = strip(row);
       for_channel_blocks<A>(
           channels, GKT_BLOCK {
             constexpr int vectors = decltype(vectors_of_block)::value;
@@ -58,14 +59,15 @@ class Rows {
 
   template <bool relu, bool has_residual>
   void backward() const {
-    const Scratch sums_scratch(2 * p.ghosts * chunks * channels * sizeof(A));
+    const Scratch sums_scratch(2 * all_chunks * channels * sizeof(A));
     A* const sums = static_cast<A*>(sums_scratch.data());
-    std::memset(sums, 0, 2 * p.ghosts * chunks * channels * sizeof(A));
+    std::memset(sums, 0, 2 * all_chunks * channels * sizeof(A));
     const A* const mean = static_cast<const A*>(p.statistics);
-    each_tile(false, [&](int64_t g, int64_t chunk, int64_t row, int64_t steps) {
+    each_tile(false, [&](const Chunk& chunk, int64_t row, int64_t steps) {
+      const int64_t g = chunk.ghost;
       if (!kept(p, g)) return;
-      const Strip<T> tile = strip(g * rows + row);
-      A* const slot = sums + (g * chunks + chunk) * 2 * channels;
+      const Strip<T> tile = strip(row);
+      A* const slot = sums + chunk.slot * 2 * channels;
       for_channel_blocks<A>(
           channels, GKT_BLOCK {
             constexpr int vectors = decltype(vectors_of_block)::value;
@@ -88,9 +90,9 @@ class Rows {
         merge_gradients(block, sums, scale, slope, offset);
     });
     if (p.grad_x.data == nullptr && !has_residual) return;
-    each_tile(true, [&](int64_t g, int64_t, int64_t row, int64_t steps) {
-      const int64_t at = g * channels;
-      const Strip<T> tile = strip(g * rows + row);
+    each_tile(true, [&](const Chunk& chunk, int64_t row, int64_t steps) {
+      const int64_t g = chunk.ghost, at = g * channels;
+      const Strip<T> tile = strip(row);
       for_channel_blocks<A>(
           channels, GKT_BLOCK {
             constexpr int vectors = decltype(vectors_of_block)::value;
@@ -110,17 +112,39 @@ class Rows {
 
   const Params& p;
   const int threads;
-  const int64_t channels, rows, tile_rows, chunk_rows, chunks;
+  const int64_t channels, tile_rows, chunk_rows;
+  const int64_t lead_chunks, other_chunks,
+      all_chunks;  // of the first, each other, all ghost batches
   const bool streams;
+
+  struct Chunk {
+    int64_t ghost, slot;
+    int64_t first, rows;  // among those of all ghost batches
+  };
+
+  int64_t chunks_in(int64_t rows) const { return (rows + chunk_rows - 1) / chunk_rows; }
+  int64_t chunks_of(int64_t ghost) const { return ghost == 0 ? lead_chunks : other_chunks; }
+  int64_t first_slot(int64_t ghost) const {
+    return ghost == 0 ? 0 : lead_chunks + (ghost - 1) * other_chunks;
+  }
+  int64_t rows_in(int64_t ghost, int64_t chunk) const {
+    return at_most(chunk_rows, rows_of(p, ghost) * p.positions - chunk * chunk_rows);
+  }
+  Chunk chunk_in(int64_t slot) const {
+    const int64_t ghost = slot < lead_chunks ? 0 : 1 + (slot - lead_chunks) / other_chunks;
+    const int64_t chunk = slot - first_slot(ghost);
+    return {ghost, slot, rows_before(p, ghost) * p.positions + chunk * chunk_rows,
+            rows_in(ghost, chunk)};
+  }
 
   // Per chunk and channel: a shift, and the sums of (x - shift) and its square.
   void statistics() const {
-    const Scratch scratch(3 * p.ghosts * chunks * channels * sizeof(A));
+    const Scratch scratch(3 * all_chunks * channels * sizeof(A));
     A* const parts = static_cast<A*>(scratch.data());
-    each_tile(false, [&](int64_t g, int64_t chunk, int64_t row, int64_t steps) {
-      const Strip<T> tile = strip(g * rows + row);
-      A* const shift = parts + (g * chunks + chunk) * 3 * channels;
-      if (row == chunk * chunk_rows) first_shift(tile, rows_of_chunk(chunk), shift);
+    each_tile(false, [&](const Chunk& chunk, int64_t row, int64_t steps) {
+      const Strip<T> tile = strip(row);
+      A* const shift = parts + chunk.slot * 3 * channels;
+      if (row == chunk.first) first_shift(tile, chunk.rows, shift);
       for_channel_blocks<A>(
           channels, GKT_BLOCK {
             constexpr int vectors = decltype(vectors_of_block)::value;
@@ -161,20 +185,21 @@ class Rows {
   // In double, in the order of the chunks.
   void merge_statistics(int64_t g, int64_t first, const A* parts) const {
     const int64_t width = at_most(merge_width, channels - first);
-    const A* const ghost_parts = parts + g * chunks * 3 * channels + first;
+    const A* const ghost_parts = parts + first_slot(g) * 3 * channels + first;
+    const int64_t chunks = chunks_of(g);
     double mean[merge_width] = {}, squares[merge_width] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const A* const shift = ghost_parts + chunk * 3 * channels;
-      const double n = static_cast<double>(rows_of_chunk(chunk));
+      const double n = static_cast<double>(rows_in(g, chunk));
       for (int64_t c = 0; c < width; ++c)
         mean[c] += n * static_cast<double>(shift[c]) + static_cast<double>(shift[channels + c]);
     }
-    for (int64_t c = 0; c < width; ++c) mean[c] /= static_cast<double>(rows);
+    for (int64_t c = 0; c < width; ++c) mean[c] /= values_of(p, g);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const A* const shift = ghost_parts + chunk * 3 * channels;
       const A* const sum = shift + channels;
       const A* const square = sum + channels;
-      const double n = static_cast<double>(rows_of_chunk(chunk)), inverse = 1 / n;
+      const double n = static_cast<double>(rows_in(g, chunk)), inverse = 1 / n;
       for (int64_t c = 0; c < width; ++c) {
         const double part_mean = static_cast<double>(sum[c]) * inverse;
         const double distance = static_cast<double>(shift[c]) + part_mean - mean[c];
@@ -184,7 +209,7 @@ class Rows {
       }
     }
     for (int64_t c = 0; c < width; ++c)
-      Affine<A>::save(p, g, first + c, mean[c], squares[c] / static_cast<double>(rows));
+      Affine<A>::save(p, g, first + c, mean[c], squares[c] / values_of(p, g));
   }
 
   void merge_gradients(int64_t block, const A* sums, A* scale, A* slope, A* offset) const {
@@ -192,8 +217,9 @@ class Rows {
     double grad_weight[merge_width] = {}, grad_bias[merge_width] = {};
     for (int64_t g = 0; g < p.ghosts; ++g) {
       double sum[merge_width] = {}, product[merge_width] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const A* const slot = sums + (g * chunks + chunk) * 2 * channels + first;
+      const int64_t begin = first_slot(g), end = begin + chunks_of(g);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const A* const slot = sums + chunk * 2 * channels + first;
         for (int64_t c = 0; c < width; ++c) {
           sum[c] += static_cast<double>(slot[c]);
           product[c] += static_cast<double>(slot[channels + c]);
@@ -201,7 +227,7 @@ class Rows {
       }
       for (int64_t c = 0; c < width; ++c) {
         const Affine<A> affine(p, g, first + c);
-        const Gradient gradient(p, affine, sum[c], product[c]);
+        const Gradient gradient(p, g, affine, sum[c], product[c]);
         scale[g * channels + first + c] = static_cast<A>(affine.scale());
         slope[g * channels + first + c] = static_cast<A>(gradient.slope);
         offset[g * channels + first + c] = static_cast<A>(gradient.offset);
@@ -225,17 +251,16 @@ class Rows {
     return strip;
   }
 
-  // Calls body(ghost, chunk, first row, rows) for all tiles, in parallel over chunks; `backwards`
-  // meets first what a pass forwards has left in the cache.
+  // Calls body(chunk, first row, rows) for all tiles, in parallel over chunks; `backwards` meets
+  // first what a pass forwards has left in the cache.
   template <class Body>
   void each_tile(bool backwards, const Body& body) const {
-    parallel_for(p.ghosts * chunks, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(all_chunks, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t index = backwards ? begin + end - 1 - i : i;
-        const int64_t ghost = index / chunks, chunk = index % chunks;
-        const int64_t last = at_most(rows, (chunk + 1) * chunk_rows);
-        for (int64_t row = chunk * chunk_rows; row < last; row += tile_rows)
-          body(ghost, chunk, row, at_most(tile_rows, last - row));
+        const Chunk chunk = chunk_in(backwards ? begin + end - 1 - i : i);
+        const int64_t last = chunk.first + chunk.rows;
+        for (int64_t row = chunk.first; row < last; row += tile_rows)
+          body(chunk, row, at_most(tile_rows, last - row));
       }
       if (streams) finish_streaming();
     });
@@ -250,12 +275,9 @@ class Rows {
                  register_bytes ==
              0;
     };
-    return p.ghosts * rows * channels * static_cast<int64_t>(sizeof(T)) >= too_large &&
-           aligned(p.y) && aligned(p.grad_x) && aligned(p.grad_residual);
-  }
-
-  int64_t rows_of_chunk(int64_t chunk) const {
-    return at_most(rows, (chunk + 1) * chunk_rows) - chunk * chunk_rows;
+    const int64_t elements = rows_before(p, p.ghosts) * p.positions * channels;
+    return elements * static_cast<int64_t>(sizeof(T)) >= too_large && aligned(p.y) &&
+           aligned(p.grad_x) && aligned(p.grad_residual);
   }
 };
 

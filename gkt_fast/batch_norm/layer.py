@@ -13,6 +13,7 @@ from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import ghost_batch_norm
+from ..ops.dtypes import accumulation_dtype
 from .kinds import carries_activation
 from .synchronized import group_of, synchronized_batch_norm
 
@@ -110,11 +111,18 @@ def run_batch_norm(
         )
         y = y if residual is None else y + residual
         y = relu(y) if activation == "relu" else y
+    elif ghosts is None and _is_updated_by_the_op(layer, x):
+        running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+        y = ghost_batch_norm(
+            x, layer.weight, layer.bias, ghosts=1, **running, momentum=layer.momentum, **options
+        )[0]
+        if layer.num_batches_tracked is not None and x.numel():
+            layer.num_batches_tracked.add_(1)
+        return y
     else:
         y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, lead_rows=lead, **options)
         unbiased_var = _unbiased(var, x, lead)
-    tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
-    if tracks and x.numel():
+    if _tracks(layer) and x.numel():
         if ghosts is None:
             _update_running_statistics(layer, mean[0], unbiased_var[0])
         elif ghosts.on_statistics is not None:
@@ -142,6 +150,20 @@ def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:
     if type(layer.act) is nn.ReLU and type(layer.drop) is nn.Identity:
         return run_batch_norm(layer, x, activation="relu")
     return layer.act(layer.drop(run_batch_norm(layer, x)))
+
+
+def _tracks(layer: _BatchNorm) -> bool:
+    return layer.training and layer.track_running_stats and layer.running_mean is not None
+
+
+def _is_updated_by_the_op(layer: _BatchNorm, x: Tensor) -> bool:
+    """Whether the kernel can write the running statistics: a given momentum, and the dtype of its own statistics."""
+    return (
+        _tracks(layer)
+        and type(layer.momentum) in (float, int)
+        and layer.running_mean.dtype == layer.running_var.dtype == accumulation_dtype(x.dtype)
+        and not (layer.running_mean.requires_grad or layer.running_var.requires_grad)
+    )
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .merges import LOADED_TOGETHER, chunk_count, chunk_trips
+from .merges import LOADED_TOGETHER, chunk_counts, chunk_trips
 
 __all__ = ["OpCost", "OpCounter", "fake_in_place"]
 
@@ -43,12 +43,14 @@ TWO_PASSES = {
     "aten::native_batch_norm": (0,),
     "aten::native_batch_norm_backward": (0, 1),
     "gkt_fast::ghost_batch_norm": (0,),
+    "gkt_fast::ghost_batch_norm_tracking": (0,),
     "gkt_fast::ghost_batch_norm_backward": (0, 1, 4),
 }
 """Arguments that are read twice in training: sums over all of a channel come first."""
 
 LAUNCHES = {
     "gkt_fast::ghost_batch_norm": 3,  # kernels/cuda/ghost_batch_norm.cu: sums, merge, map; both ways
+    "gkt_fast::ghost_batch_norm_tracking": 3,
     "gkt_fast::ghost_batch_norm_backward": 3,
     "gkt_fast::group_knowledge_loss": 2,  # kernels/cuda/group_knowledge_loss.cu
 }
@@ -136,17 +138,23 @@ def _waits(name: str, args: tuple) -> int:
     backward = name.endswith("backward")
     if not (backward or _trains(name, args)):
         return 0
-    x, ghosts = (args[1], args[6]) if backward else (args[0], args[7])
+    x, ghosts = (args[1], args[6]) if backward else (args[0], 1 if name.endswith("tracking") else args[7])
     positions = math.prod(x.shape[2:])
     channels_last = positions == 1 or (x.stride(1) == 1 and x.shape[1] > 1)
-    chunks = chunk_count(channels_last, ghosts, x.shape[0] // ghosts, x.shape[1], positions)
-    return -(-chunk_trips(chunks, ghosts, backward) // LOADED_TOGETHER)
+    place = 11 if backward else 10
+    lead = None if name.endswith("tracking") or len(args) <= place else args[place]
+    rows = x.shape[0] // ghosts if lead is None or ghosts == 1 else (x.shape[0] - lead) // (ghosts - 1)
+    chunks = chunk_counts(channels_last, ghosts, rows, x.shape[1], positions, lead)
+    trips = chunk_trips(chunks, ghosts, backward, lead is None or lead == rows)
+    return -(-trips // LOADED_TOGETHER)
 
 
 def _trains(name: str, args: tuple) -> bool:
     """Whether the op takes its batch's own statistics; with running ones a pass is enough."""
     if name == "gkt_fast::ghost_batch_norm":
         return args[5] is None
+    if name == "gkt_fast::ghost_batch_norm_tracking":
+        return True
     if name == "gkt_fast::ghost_batch_norm_backward":
         return not args[9]
     return bool(args[5] if name == "aten::native_batch_norm" else args[7])

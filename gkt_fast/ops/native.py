@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch  # loaded before the native module, so that both share one OpenMP runtime
 
-from .registry import BackendError
+from .registry import BackendError, UnfitDevice
 
 __all__ = [
     "DTYPES",
@@ -19,7 +19,7 @@ __all__ = [
     "native_module",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The ABI's number of a dtype (csrc/gkt_abi.h)."""
@@ -47,7 +47,8 @@ def native_module() -> ModuleType:
 def native_cuda_module() -> ModuleType:
     """The native module, when it was built with CUDA kernels and a CUDA device is here that can run them.
 
-    A driver that is too old shows when a kernel is launched (csrc/guard.h: `Unsupported`).
+    Where there are several, each is asked by `check_capability` when it is first used. A driver that is too old shows
+    when a kernel is launched (csrc/guard.h: `Unsupported`).
 
     Raises:
         BackendError: one of them is missing.
@@ -58,8 +59,15 @@ def native_cuda_module() -> ModuleType:
         raise BackendError("the native module was built without nvcc")
     if not torch.cuda.is_available():
         raise BackendError("no CUDA device")
-    check_capability(str(build["cuda_architectures"]), torch.cuda.current_device())
-    return module
+    reasons = []
+    for device in range(torch.cuda.device_count()):
+        try:
+            check_capability(str(build["cuda_architectures"]), device)
+        except UnfitDevice as error:
+            reasons.append(str(error))
+        else:
+            return module
+    raise BackendError("; ".join(dict.fromkeys(reasons)))
 
 
 @functools.cache
@@ -67,11 +75,11 @@ def check_capability(architectures: str, device: int) -> None:
     """Whether kernels for these of CMake's architectures run on a GPU; asked once per GPU, as they can differ.
 
     Raises:
-        BackendError: they don't.
+        UnfitDevice: they don't.
     """
     capability = torch.cuda.get_device_capability(device)
     if not any(_runs_on(architecture, capability) for architecture in architectures.split(", ")):
-        raise BackendError(
+        raise UnfitDevice(
             f"the GPU has compute capability {capability[0]}.{capability[1]}, the native module was built for "
             f"{architectures} (GKT_CUDA_ARCHS)"
         )

@@ -5,8 +5,9 @@ The order on a device is fixed in `ORDER`; `use_backend(name)` or the environmen
 one explicitly, which then works or raises `BackendError` with the reason. An automatic fallback is logged once.
 
 A backend can also turn out not to work when it first runs: kernels that don't fit the GPU or its driver, a compiler
-that is missing. It then raises `BackendError` from its functions; `run` gives it up for this op and dtype as long as
-the process lives, so that the cost of failing is paid once, and goes on with the next one.
+that is missing. It then raises `BackendError` from its functions; `run` gives it up for this op, dtype and device (each
+GPU by itself) as long as the process lives, so that the cost of failing is paid once, and goes on with the next one. A
+GPU that none of the kernels fit (`UnfitDevice`) is given up as a whole, with one warning; other GPUs go on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = [
     "BackendError",
     "BackendWithBackward",
     "Implementation",
+    "UnfitDevice",
     "explain",
     "find",
     "implementations",
@@ -48,6 +50,10 @@ ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 class BackendError(RuntimeError):
     """The requested backend can't run this op here; the message says why."""
+
+
+class UnfitDevice(BackendError):
+    """The backend can't run on this device, whatever the op and the dtype."""
 
 
 class Backend(Protocol):
@@ -99,15 +105,17 @@ class _State:
     Args:
         implementations: by op and backend.
         given_up: why a backend failed when it ran, by op, backend, device and dtype.
+        unfit: why a device is not for a backend, by backend and device.
         loaded: the backends that were asked for, each with the reason why it can't be used.
         automatic: the backend that an automatic choice takes, by op, device and dtype.
         told: what has been said to run in plain torch.
     """
 
     implementations: dict[tuple[str, str], Implementation] = field(default_factory=dict)
-    given_up: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)
+    given_up: dict[tuple[str, str, torch.device, torch.dtype], str] = field(default_factory=dict)
+    unfit: dict[tuple[str, torch.device], str] = field(default_factory=dict)
     loaded: dict[tuple[str, str], tuple[Backend | None, str | None]] = field(default_factory=dict)
-    automatic: dict[tuple[str, str, torch.dtype], str] = field(default_factory=dict)
+    automatic: dict[tuple[str, torch.device, torch.dtype], str] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -140,6 +148,8 @@ def register(implementation: Implementation) -> None:
     _state.implementations[place] = implementation
     for key in [key for key in _state.given_up if key[:2] == place]:
         del _state.given_up[key]
+    for key in [key for key in _state.unfit if key[0] == implementation.backend]:
+        del _state.unfit[key]
     _state.loaded.pop(place, None)
     _state.automatic.clear()
 
@@ -185,27 +195,31 @@ def requested_backend() -> str | None:
     return requested
 
 
-def select(op: str, device: str, dtype: torch.dtype) -> Backend:
-    """The backend that runs `op` for tensors of this device type and dtype.
+def select(op: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """The backend that runs `op` for tensors of this device and dtype.
 
     Raises:
         BackendError: the explicitly requested backend can't, with the reason.
     """
-    return _load(op, _choose(op, device, dtype))[0]
+    return _load(op, _choose(op, _exact(device), dtype))[0]
 
 
-def run(op: str, device: str, dtype: torch.dtype, call: Callable[[Any], Result]) -> Result:
+def run(op: str, device: torch.device | str, dtype: torch.dtype, call: Callable[[Any], Result]) -> Result:
     """`call` with the backend that runs `op`, as `select` gives it.
 
     Where that raises `BackendError`, or NotImplementedError (native kernels that don't fit the GPU or its driver), the
-    backend is given up and the next one is called.
+    backend is given up on this device and the next one is called.
 
     Raises:
         BackendError: the explicitly requested backend can't, with the reason.
     """
+    device = _exact(device)
     backend = _choose(op, device, dtype)
     try:
         return call(_load(op, backend)[0])
+    except UnfitDevice as error:
+        _give_up_device(backend, device, str(error))
+        return run(op, device, dtype, call)
     except (BackendError, NotImplementedError) as error:
         _give_up(op, backend, device, dtype, str(error))
         return run(op, device, dtype, call)  # ends: every turn has one backend less
@@ -251,6 +265,11 @@ def _status(implementation: Implementation) -> str:
         for (*failed, device, dtype), reason in _state.given_up.items()
         if (op, backend) == tuple(failed)
     ]
+    failures += [
+        f"no op runs on {device}: {reason}"
+        for (unfit, device), reason in _state.unfit.items()
+        if unfit == backend
+    ]
     reason = _load(op, backend)[1] or "; ".join(failures)
     if not reason and implementation.devices == ("cuda",) and not torch.cuda.is_available():
         reason = "torch sees no GPU"
@@ -280,19 +299,32 @@ def _try_to_load(implementation: Implementation) -> tuple[Backend | None, str | 
         return None, f"{type(error).__name__}: {error}"
 
 
-def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend can't run `op` for tensors of this device type and dtype; None when nothing speaks against it."""
+def reason_against(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run `op` for tensors of this device and dtype; None when nothing speaks against it.
+
+    A GPU without a number is the current one.
+    """
+    device = _exact(device)
     implementation = _state.implementations.get((op, backend))
     if implementation is None:
         return "the op has no such backend"
-    if implementation.devices and device not in implementation.devices:
+    if implementation.devices and device.type not in implementation.devices:
         return f"it takes tensors on {' or '.join(implementation.devices)}"
     if dtype not in implementation.dtypes:
         return f"it takes {', '.join(str(d) for d in implementation.dtypes)}"
-    return _load(op, backend)[1] or _state.given_up.get((op, backend, device, dtype))
+    reason = _load(op, backend)[1] or _state.unfit.get((backend, device))
+    return reason or _state.given_up.get((op, backend, device, dtype))
 
 
-def _choose(op: str, device: str, dtype: torch.dtype) -> str:
+def _exact(device: torch.device | str) -> torch.device:
+    if isinstance(device, str):
+        device = torch.device(device)
+    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     requested = requested_backend()
     if requested is None:
         return _automatic(op, device, dtype)
@@ -302,7 +334,14 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> str:
     return requested
 
 
-def _give_up(op: str, backend: str, device: str, dtype: torch.dtype, reason: str) -> None:
+def _give_up_device(backend: str, device: torch.device, reason: str) -> None:
+    _state.unfit[backend, device] = reason
+    _state.automatic.clear()
+    if requested_backend() is None:
+        logger.warning("no op runs on %r on %s: %s", backend, device, reason)
+
+
+def _give_up(op: str, backend: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
     _state.given_up[op, backend, device, dtype] = reason
     _state.automatic.clear()
     if requested_backend() is None:
@@ -311,7 +350,7 @@ def _give_up(op: str, backend: str, device: str, dtype: torch.dtype, reason: str
         )
 
 
-def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
+def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The first backend that nothing speaks against; chosen once."""
     place = op, device, dtype
     if place not in _state.automatic:
@@ -319,9 +358,9 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     return _state.automatic[place]
 
 
-def _first_possible(op: str, device: str, dtype: torch.dtype) -> str:
+def _first_possible(op: str, device: torch.device, dtype: torch.dtype) -> str:
     rejected = []
-    for backend in ORDER.get(device, ("torch",)):
+    for backend in ORDER.get(device.type, ("torch",)):
         reason = reason_against(op, backend, device, dtype)
         if reason is None:
             if rejected:

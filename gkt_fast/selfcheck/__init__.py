@@ -42,7 +42,7 @@ def run_selfcheck(device: str | torch.device, bench: bool = False) -> Report:
     working = []
     for implementation in registry.implementations():
         op, backend = implementation.op, implementation.backend
-        reason = registry.reason_against(op, backend, device.type, implementation.dtypes[0])
+        reason = registry.reason_against(op, backend, device, implementation.dtypes[0])
         try:
             if reason is not None:
                 raise BackendError(reason)

@@ -65,6 +65,8 @@ NORM_CASES = (
     Case("eval mode", (4, 6, 3, 3), {"ghosts": 2, "residual": True, "running": True}, "channels_last"),
     Case("sliced", (4, 17, 4, 6), {"ghosts": 2, "residual": True}, "sliced"),
     Case("transposed", (4, 9, 5, 3), {"ghosts": 1, "activation": "identity"}, "transposed"),
+    Case("first ghost batch larger", (7, 9, 5, 3), {"ghosts": 3, "lead_rows": 3, "residual": True}),
+    Case("first ghost batch smaller", (6, 9, 4, 4), {"ghosts": 2, "lead_rows": 2}, "channels_last"),
     Case("large mean", (4, 4, 9, 9), {"ghosts": 2, "mean": 30.0}),
 )
 
@@ -158,6 +160,7 @@ def _run_norm(case: Case, dtype: torch.dtype, normal: Callable[..., Tensor]) -> 
         keep,
         relu,
         running=exact_running,
+        lead_rows=options.get("lead_rows"),
     )
     grad_y = normal(*case.shape).to(dtype)
     if relu:  # beside the corner of the ReLU rounding decides, so nothing is asked there

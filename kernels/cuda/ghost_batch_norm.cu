@@ -19,7 +19,7 @@ Tiling make_tiling(const Geometry& g, int vector) {
 }
 
 dim3 tile_grid(const Geometry& g, Tiling tiling) {
-  const int64_t blocks = int64_t{tiling.blocks} * g.ghosts * g.chunks;
+  const int64_t blocks = tiling.blocks * g.all_chunks();
   if (blocks > INT32_MAX) throw InvalidArgument("ghost_batch_norm: too large for a grid");
   return dim3(static_cast<unsigned>(blocks));
 }
@@ -42,10 +42,11 @@ void forward(const gkt_ghost_batch_norm_params& p, void* stream) {
     launch<sums_kernel<T, N, false>>(grid, kThreads, 0, stream, g, tiling, x, x, no_mask, no_mean,
                                      parts);
   const int64_t merges = int64_t{merge_blocks(g)} * g.ghosts;
-  launch<merge_statistics_kernel<A>>(dim3(static_cast<unsigned>(merges)), kMergeThreads, 0, stream,
-                                     g, merge_blocks(g), static_cast<const A*>(parts),
-                                     static_cast<const A*>(p.weight), static_cast<const A*>(p.bias),
-                                     p.eps, p.use_running != 0, statistics, coefficients);
+  launch<merge_statistics_kernel<A>>(
+      dim3(static_cast<unsigned>(merges)), kMergeThreads, 0, stream, g, merge_blocks(g),
+      static_cast<const A*>(parts), static_cast<const A*>(p.weight), static_cast<const A*>(p.bias),
+      p.eps, p.use_running != 0, statistics, coefficients, p.momentum,
+      static_cast<A*>(p.running_mean), static_cast<A*>(p.running_var));
   launch<forward_kernel<T, N>>(
       grid, kThreads, 0, stream, g, tiling, x, lines_of<const T>(p.residual, g.channels_last),
       lines_of<T>(p.y, g.channels_last), p.relu != 0 ? p.mask : static_cast<uint8_t*>(nullptr),
@@ -111,6 +112,8 @@ void dispatch_width(const gkt_ghost_batch_norm_params& p, const Body& body) {
 template <bool is_forward>
 void run(const gkt_ghost_batch_norm_params& p, void* stream) {
   if (p.relu && p.mask == nullptr) throw InvalidArgument("ghost_batch_norm: ReLU needs a mask");
+  if (p.running_mean != nullptr && (p.ghosts != 1 || p.use_running || p.running_var == nullptr))
+    throw InvalidArgument("ghost_batch_norm: running statistics are those of one ghost batch");
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_width<T>(p, [&](auto width) {

@@ -20,35 +20,55 @@ constexpr int kMaxColumns = 128;      // of a block in channels_last
 // Sizes of one call. Chunks depend on these alone, on any machine; which numbers a thread adds up
 // depends on them and on N, which follows from sizes, strides and the alignment of addresses.
 struct Geometry {
-  int lines, length, channels, ghosts;  // lines and rows of one ghost batch
-  int chunk_lines, chunks;
+  int length, channels, ghosts;
+  int lead_lines, lines;    // of the first ghost batch and of each other one
+  int lead_chunks, chunks;  // the same
+  int chunk_lines;
   int64_t values_per_line;  // of one channel
   bool channels_last;
 
   explicit Geometry(const gkt_ghost_batch_norm_params& p) {
     channels_last = p.channels_last != 0;
-    const int64_t all_lines = channels_last ? p.ghost_rows * p.positions : p.ghost_rows;
+    const int64_t lines_per_row = channels_last ? p.positions : 1;
+    const int64_t first_lines = p.lead_rows * lines_per_row;
+    const int64_t other_lines = p.ghost_rows * lines_per_row;
     const int64_t all_columns = channels_last ? p.channels : p.positions;
-    if (p.ghosts < 1 || p.ghost_rows < 1 || p.channels < 1 || p.positions < 1)
+    if (p.ghosts < 1 || p.lead_rows < 1 || p.ghost_rows < 1 || p.channels < 1 || p.positions < 1)
       throw InvalidArgument("ghost_batch_norm: every size must be at least 1");
-    if (all_lines > INT32_MAX || all_columns > INT32_MAX || p.channels > INT32_MAX ||
-        p.ghosts > INT32_MAX)
+    if (first_lines > INT32_MAX || other_lines > INT32_MAX || all_columns > INT32_MAX ||
+        p.channels > INT32_MAX || p.ghosts > INT32_MAX)
       throw InvalidArgument("ghost_batch_norm: the CUDA kernels take sizes below 2^31");
-    lines = static_cast<int>(all_lines);
+    lead_lines = static_cast<int>(first_lines);
+    lines = static_cast<int>(other_lines);
     length = static_cast<int>(all_columns);
     channels = static_cast<int>(p.channels);
     ghosts = static_cast<int>(p.ghosts);
     values_per_line = channels_last ? 1 : p.positions;
     const int width = channels_last && length > kMaxColumns ? kMaxColumns : length;
-    const int64_t longest = (p.ghosts * lines + kMostChunks - 1) / kMostChunks;
+    const int64_t all_lines = first_lines + (p.ghosts - 1) * other_lines;
+    const int64_t longest = (all_lines + kMostChunks - 1) / kMostChunks;
+    const int most_lines = lead_lines > lines ? lead_lines : lines;
     int64_t wanted = kChunkElements / width > 1 ? kChunkElements / width : 1;
     if (wanted < longest) wanted = longest;
-    chunk_lines = static_cast<int>(wanted < lines ? wanted : lines);
+    chunk_lines = static_cast<int>(wanted < most_lines ? wanted : most_lines);
+    lead_chunks = (lead_lines + chunk_lines - 1) / chunk_lines;
     chunks = (lines + chunk_lines - 1) / chunk_lines;
   }
-  int64_t parts() const { return int64_t{3} * ghosts * chunks * channels; }
+  bool equal() const { return lead_lines == lines; }
+  int64_t all_chunks() const { return lead_chunks + int64_t{ghosts - 1} * chunks; }
+  int64_t parts() const { return 3 * all_chunks() * channels; }
   int64_t coefficients() const { return int64_t{3} * ghosts * channels; }
-  __host__ __device__ double values() const { return static_cast<double>(lines * values_per_line); }
+  __device__ int lines_in(int ghost) const { return ghost == 0 ? lead_lines : lines; }
+  __device__ int64_t first_line(int ghost) const {
+    return ghost == 0 ? 0 : lead_lines + int64_t{ghost - 1} * lines;
+  }
+  __device__ int chunks_in(int ghost) const { return ghost == 0 ? lead_chunks : chunks; }
+  __device__ int first_chunk(int ghost) const {
+    return ghost == 0 ? 0 : lead_chunks + (ghost - 1) * chunks;
+  }
+  __device__ double values(int ghost) const {
+    return static_cast<double>(lines_in(ghost) * values_per_line);
+  }
 };
 
 // A tensor as lines: line `l` of all ghost batches (of channel `c` in planes) begins at
@@ -79,7 +99,7 @@ template <int N>
 struct Place {
   int64_t first;              // of the chunk's lines, among those of all ghost batches
   int channel;                // in planes
-  int ghost, chunk, lines;    // lines of the chunk
+  int ghost, chunk, lines;    // the chunk among those of all ghost batches, and its lines
   int column, width, length;  // first column of this thread; columns from the block's first tile on
   int row, rows, tile_width;  // lines and columns that the block works on at once
   int steps;                  // how often it does, to have seen all
@@ -87,11 +107,12 @@ struct Place {
   // Block 0 takes the first chunk, or the last one.
   __device__ Place(const Geometry& g, Tiling tiling, bool backwards) {
     const int block = static_cast<int>(backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    const int beside = block % tiling.blocks, index = block / tiling.blocks;
-    ghost = index / g.chunks;
-    chunk = index % g.chunks;
-    const int skipped = chunk * g.chunk_lines, left = g.lines - skipped;
-    first = int64_t{ghost} * g.lines + skipped;
+    const int beside = block % tiling.blocks;
+    chunk = block / tiling.blocks;
+    ghost = chunk < g.lead_chunks ? 0 : 1 + (chunk - g.lead_chunks) / g.chunks;
+    const int skipped = (chunk - g.first_chunk(ghost)) * g.chunk_lines;
+    const int left = g.lines_in(ghost) - skipped;
+    first = g.first_line(ghost) + skipped;
     lines = left < g.chunk_lines ? left : g.chunk_lines;
     row = static_cast<int>(threadIdx.x) / tiling.across;
     rows = kThreads / tiling.across;

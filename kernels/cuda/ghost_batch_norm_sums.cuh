@@ -27,8 +27,8 @@ __device__ void sample_chunk(const Geometry& g, const Place<N>& place, const Chu
   }
 }
 
-// parts (ghosts, chunks, 3, channels): shift, sum of (x - shift), sum of its square; backward:
-// unused, sum of dz, sum of dz * (x - mean). Without ReLU `mask` is null.
+// parts (chunks of all ghost batches, 3, channels): shift, sum of (x - shift), sum of its square;
+// backward: unused, sum of dz, sum of dz * (x - mean). Without ReLU `mask` is null.
 template <class T, int N, bool backward>
 __global__ void __launch_bounds__(kThreads, kSumsBlocks<N>)
     sums_kernel(Geometry g, Tiling tiling, Lines<const T> x_lines, Lines<const T> grad_lines,
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kSumsBlocks<N>)
     }
   }
 
-  A* const part = parts + (int64_t{place.ghost} * g.chunks + place.chunk) * 3 * g.channels;
+  A* const part = parts + int64_t{place.chunk} * 3 * g.channels;
   const int thread = static_cast<int>(threadIdx.x);
   if (g.channels_last) {
     // The lanes of a warp that have the same columns, then the warps or rows, in order.

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `ghost_batch_norm` (ghost_batch_norm_kernels.py)."""
+"""Launches the Triton kernels of `ghost_batch_norm` (ghost_batch_norm_kernels.py, ghost_batch_norm_merge.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .ghost_batch_norm_kernels import (
-    affine_kernel,
-    merge_gradients_kernel,
-    merge_statistics_kernel,
-    sums_kernel,
-)
+from .ghost_batch_norm_kernels import affine_kernel, sums_kernel
+from .ghost_batch_norm_merge import merge_gradients_kernel, merge_statistics_kernel
 
 __all__ = ["aot_configurations", "backward", "forward"]
 
@@ -43,7 +39,9 @@ class _Plan:
     def __init__(self, problem, activations: tuple[torch.Tensor | None, ...]) -> None:
         ghosts, rows, channels, positions = problem.sizes
         self.problem, self.ghosts, self.channels = problem, ghosts, channels
-        self.lines, self.length = (rows * positions, channels) if problem.channels_last else (rows, positions)
+        self.device = activations[0].device
+        per_row, self.length = (positions, channels) if problem.channels_last else (1, positions)
+        self.lead_lines, self.lines = problem.lead_rows * per_row, rows * per_row
         self.values_per_line = 1 if problem.channels_last else positions
         widths = CHANNELS_LAST_COLUMNS if problem.channels_last else PLANES_COLUMNS
         self.columns = next((width for width in widths if self.length <= width), widths[-1])
@@ -52,11 +50,16 @@ class _Plan:
         size = problem.dtype.itemsize
         self.rows, most_rows = (_tile_rows(self.columns, size, step) for step in (self.step, _steps(size)[0]))
         width = self.columns if problem.channels_last else positions
-        lines = max(CHUNK_ELEMENTS // width, triton.cdiv(self.lines * ghosts, MOST_CHUNKS), 1)
-        self.chunk_lines = min(most_rows * triton.cdiv(lines, most_rows), max(self.lines, 1))
-        self.chunks = triton.cdiv(self.lines, self.chunk_lines)
+        all_lines = self.lead_lines + (ghosts - 1) * self.lines
+        lines = max(CHUNK_ELEMENTS // width, triton.cdiv(all_lines, MOST_CHUNKS), 1)
+        longest = max(self.lead_lines, self.lines)
+        self.chunk_lines = min(most_rows * triton.cdiv(lines, most_rows), longest)
+        self.lead_chunks, self.chunks = (
+            triton.cdiv(n, self.chunk_lines) for n in (self.lead_lines, self.lines)
+        )
+        self.all_chunks = self.lead_chunks + (ghosts - 1) * self.chunks
         blocks = triton.cdiv(channels, self.columns) if problem.channels_last else channels
-        self.grid = (ghosts * self.chunks * blocks,)
+        self.grid = (self.all_chunks * blocks,)
         self.sums_options, self.affine_options = (
             _tile_options(self.step, size, affine) for affine in (False, True)
         )
@@ -71,7 +74,10 @@ class _Plan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.lines, self.length, self.channels, self.chunk_lines, self.chunks
+        return (
+            *(self.lead_lines, self.lines, self.length, self.channels),
+            *(self.chunk_lines, self.lead_chunks, self.chunks),
+        )
 
     @property
     def tile(self) -> dict[str, object]:
@@ -90,15 +96,43 @@ class _Plan:
         steps = (tensor.stride(d) for d in (*range(tensor.dim() - 1, 1, -1), 0) if tensor.shape[d] > 1)
         return next(steps, self.channels), 0
 
+    def is_new(self, has_residual: bool) -> bool:
+        """Whether no pass of these kernels, on this device, has updated running statistics so far; asked once."""
+        problem = self.problem
+        kernels = (
+            self.device,
+            problem.dtype,
+            problem.channels_last,
+            problem.relu,
+            problem.eps,
+            self.step,
+            self.columns,
+        )
+        is_new = (*kernels, has_residual) not in _launched
+        _launched.add((*kernels, has_residual))
+        return is_new
+
     def scratch(self, x: torch.Tensor, *shape: int) -> torch.Tensor:
         return x.new_empty(shape, dtype=torch.float64 if self.double else torch.float32)
 
 
-def forward(problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
-    """Fills y, mask, and, unless running statistics are used, statistics. Tensors are in the problem's layout."""
+_launched: set[tuple] = set()
+"""The forward passes that have begun to update running statistics."""
+
+
+def forward(
+    problem, x, residual, weight, bias, keep, y, statistics, mask, running_mean=None, running_var=None
+) -> None:
+    """Fills y, mask, and, unless running statistics are used, statistics. Tensors are in the problem's layout.
+
+    Running statistics that are given are updated; they are dense.
+    """
     plan = _Plan(problem, (x, residual, y))
+    if running_mean is not None and plan.is_new(residual is not None):
+        # A kernel that doesn't work here must fail before anything is updated.
+        forward(problem, x, residual, weight, bias, keep, y, statistics, mask)
     ghosts, channels = plan.ghosts, plan.channels
-    parts = plan.scratch(x, ghosts, plan.chunks, 3, channels)
+    parts = plan.scratch(x, plan.all_chunks, 3, channels)
     coefficients = plan.scratch(x, 2, ghosts, channels)
     layout = {"CHANNELS_LAST": problem.channels_last}
     with torch.cuda.device_of(x):
@@ -109,8 +143,10 @@ def forward(problem, x, residual, weight, bias, keep, y, statistics, mask) -> No
             )  # fmt: skip
         merge_statistics_kernel[(ghosts * plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics if bias is None else bias, statistics,
-            coefficients, ghosts, plan.lines, plan.values_per_line, int(weight is not None),
-            int(bias is not None), channels, plan.chunk_lines, plan.chunks, **plan.merge,
+            coefficients, statistics if running_mean is None else running_mean,
+            statistics if running_var is None else running_var, ghosts, plan.lead_lines, plan.lines,
+            plan.values_per_line, int(weight is not None), int(bias is not None), int(running_mean is not None),
+            problem.momentum or 0.0, channels, plan.chunk_lines, plan.lead_chunks, plan.chunks, **plan.merge,
         )  # fmt: skip
         other = x if residual is None else residual
         affine_kernel[plan.grid](
@@ -127,7 +163,7 @@ def backward(
     """Fills the gradients; grad_residual may be None. grad_x and grad_residual have the same strides."""
     plan = _Plan(problem, (grad_y, x, grad_x, grad_residual))
     ghosts, channels = plan.ghosts, plan.channels
-    parts = plan.scratch(x, ghosts, plan.chunks, 3, channels)
+    parts = plan.scratch(x, plan.all_chunks, 3, channels)
     coefficients = plan.scratch(x, 3, ghosts, channels)
     layout = {"CHANNELS_LAST": problem.channels_last}
     strides = (*plan.strides(x), *plan.strides(grad_y))
@@ -138,8 +174,8 @@ def backward(
         )  # fmt: skip
         merge_gradients_kernel[(plan.merge_blocks,)](
             parts, statistics if weight is None else weight, statistics, _bytes(keep, mask), coefficients,
-            grad_weight, grad_bias, ghosts, plan.lines * plan.values_per_line, int(weight is not None),
-            int(keep is not None), channels, plan.chunks, **plan.merge,
+            grad_weight, grad_bias, ghosts, plan.lead_lines, plan.lines, plan.values_per_line,
+            int(weight is not None), int(keep is not None), channels, plan.lead_chunks, plan.chunks, **plan.merge,
         )  # fmt: skip
         affine_kernel[plan.grid](
             x, grad_y, mask, statistics, coefficients, _bytes(keep, mask), grad_x,

@@ -1,5 +1,7 @@
 """Triton kernels of `ghost_batch_norm`: two passes each way, sums per chunk of lines and then the affine map.
 
+Between them the sums are merged (ghost_batch_norm_merge.py).
+
 A line is what lies together in memory: the channels of one position (channels_last, `length` = C, one line per batch
 row and position) or the positions of one channel (planes, `length` = positions, one line per batch row, a program
 per channel). Sums are shifted by values of the data and merged in float64, as a tree of a fixed shape. The mean keeps
@@ -13,14 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["affine_kernel", "merge_gradients_kernel", "merge_statistics_kernel", "sums_kernel"]
+__all__ = ["NOT_SPECIALIZED", "affine_kernel", "sums_kernel"]
 
 NOT_SPECIALIZED = [
     *("x_ptr", "grad_ptr", "other_ptr", "out_ptr", "grad_residual_ptr", "grad_weight_ptr", "grad_bias_ptr"),
     *("mask_ptr", "keep_ptr", "weight_ptr", "bias_ptr", "statistics_ptr", "coefficients_ptr", "parts_ptr"),
     *(f"{tensor}_{unit}_stride" for tensor in ("x", "grad", "other", "out") for unit in ("line", "channel")),
-    *("ghosts", "lines", "length", "channels", "chunk_lines", "chunks", "values_per_line", "values"),
-    *("has_weight", "has_bias", "has_keep"),
+    *("ghosts", "lead_lines", "lines", "length", "channels", "chunk_lines", "lead_chunks", "chunks"),
+    *("values_per_line", "has_weight", "has_bias", "has_keep", "running_mean_ptr", "running_var_ptr"),
+    *("momentum", "has_momentum"),
 ]
 
 
@@ -40,13 +43,33 @@ def _valid(rows, columns, STEP: tl.constexpr):
 
 
 @triton.jit
-def _place(program, channels, chunks, CHANNELS_LAST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ghost batch, chunk, and block of columns (channels_last) or channel (planes) of a program."""
+def _place(
+    program,
+    lead_lines,
+    lines,
+    channels,
+    chunk_lines,
+    lead_chunks,
+    chunks,
+    CHANNELS_LAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Where a program works.
+
+    Ghost batch; chunk among those of all ghost batches; block of columns (channels_last) or channel (planes); number of
+    lines before the ghost batch; the chunk's first line and its end, counted from there.
+    """
     blocks = channels
     if CHANNELS_LAST:
         blocks = tl.cdiv(channels, COLUMNS)
-    index = program // blocks
-    return (index // chunks).to(tl.int64), index % chunks, program % blocks
+    chunk = program // blocks
+    other = tl.maximum(chunk - lead_chunks, 0)  # among those of the other ghost batches
+    is_lead = chunk < lead_chunks
+    ghost = tl.where(is_lead, 0, 1 + other // chunks).to(tl.int64)
+    own = tl.where(is_lead, chunk, other % chunks)
+    first_line = tl.where(is_lead, 0, lead_lines + (ghost - 1) * lines)
+    end = tl.minimum(tl.where(is_lead, lead_lines, lines), (own + 1) * chunk_lines)
+    return ghost, chunk, program % blocks, first_line, own * chunk_lines, end
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -55,15 +78,17 @@ def sums_kernel(
     grad_ptr,  # the same; only with BACKWARD
     mask_ptr,  # (lines, [channels,] ceil(length / 8)) bits
     statistics_ptr,  # (3, ghosts, channels); only with BACKWARD
-    parts_ptr,  # (ghosts, chunks, 3, channels): shift, sum, sum of squares; BACKWARD: 0, sum, sum of products
+    parts_ptr,  # (all chunks, 3, channels): shift, sum, sum of squares; BACKWARD: 0, sum, sum of products
     x_line_stride: tl.int64,
     x_channel_stride: tl.int64,
     grad_line_stride: tl.int64,
     grad_channel_stride: tl.int64,
-    lines: tl.int32,  # of one ghost batch
+    lead_lines: tl.int32,  # of the first ghost batch
+    lines: tl.int32,  # of each other one
     length: tl.int32,
     channels: tl.int32,
     chunk_lines: tl.int32,
+    lead_chunks: tl.int32,  # as for lines
     chunks: tl.int32,
     CHANNELS_LAST: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -73,18 +98,27 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,  # of the sums
 ):
-    ghost, chunk, block = _place(tl.program_id(0), channels, chunks, CHANNELS_LAST, COLUMNS)
-    first, last = chunk * chunk_lines, tl.minimum(lines, (chunk + 1) * chunk_lines)
+    ghost, chunk, block, first_line, first, last = _place(
+        tl.program_id(0),
+        lead_lines,
+        lines,
+        channels,
+        chunk_lines,
+        lead_chunks,
+        chunks,
+        CHANNELS_LAST,
+        COLUMNS,
+    )
     if CHANNELS_LAST:
         channel = block * COLUMNS + tl.arange(0, COLUMNS)
         column_first, column_end = block * COLUMNS, block * COLUMNS + COLUMNS
-        x_ptr += ghost * lines * x_line_stride
-        grad_ptr += ghost * lines * grad_line_stride
+        x_ptr += first_line * x_line_stride
+        grad_ptr += first_line * grad_line_stride
     else:
         channel = block + tl.zeros([COLUMNS], tl.int32)
         column_first, column_end = 0, length
-        x_ptr += ghost * lines * x_line_stride + block.to(tl.int64) * x_channel_stride
-        grad_ptr += ghost * lines * grad_line_stride + block.to(tl.int64) * grad_channel_stride
+        x_ptr += first_line * x_line_stride + block.to(tl.int64) * x_channel_stride
+        grad_ptr += first_line * grad_line_stride + block.to(tl.int64) * grad_channel_stride
     inside = channel < channels
     mask_bytes = (length + 7) // 8
 
@@ -119,7 +153,7 @@ def sums_kernel(
                 address = _tile(grad_ptr, line * grad_line_stride, column, STEP)
                 dz = tl.load(address, mask=valid, other=0.0).to(DTYPE)
                 if RELU:
-                    mask_line = ghost * lines + line
+                    mask_line = first_line + line
                     if not CHANNELS_LAST:
                         mask_line = mask_line * channels + block
                     bits = tl.load(
@@ -141,149 +175,10 @@ def sums_kernel(
             tl.sum(product, 0) + tl.zeros([COLUMNS], DTYPE),
         )
         inside = inside & (tl.arange(0, COLUMNS) == 0)
-    part_ptr = parts_ptr + (ghost * chunks + chunk) * 3 * channels + channel
+    part_ptr = parts_ptr + chunk.to(tl.int64) * 3 * channels + channel
     tl.store(part_ptr, shift, mask=inside)
     tl.store(part_ptr + channels, total, mask=inside)
     tl.store(part_ptr + 2 * channels, product, mask=inside)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def merge_statistics_kernel(
-    parts_ptr,
-    weight_ptr,
-    bias_ptr,
-    statistics_ptr,
-    coefficients_ptr,  # (2, ghosts, channels): scale, offset
-    ghosts: tl.int32,
-    lines: tl.int32,
-    values_per_line: tl.int32,  # of one channel
-    has_weight: tl.int32,
-    has_bias: tl.int32,
-    channels: tl.int32,
-    chunk_lines: tl.int32,
-    chunks: tl.int32,
-    USE_RUNNING: tl.constexpr,
-    EPS: tl.constexpr,
-    LANES: tl.constexpr,  # that share the chunks of a channel
-    BLOCK: tl.constexpr,  # channels
-    DTYPE: tl.constexpr,
-):
-    blocks = tl.cdiv(channels, BLOCK)
-    ghost = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    statistic = statistics_ptr + ghost * channels + channel
-    plane = ghosts * channels
-    zeros = tl.zeros([BLOCK], tl.float64)
-    if USE_RUNNING:
-        low = zeros
-        var = tl.load(statistic + 2 * plane, mask=inside, other=1.0).to(tl.float64)
-    else:
-        part_ptr = parts_ptr + ghost * chunks * 3 * channels + channel
-        # Numbers of values as float64: of a whole chunk, of the last one, of all.
-        whole = tl.zeros([], tl.float64) + tl.minimum(chunk_lines, lines) * values_per_line
-        total = (tl.zeros([], tl.float64) + lines) * values_per_line
-        rest = total - whole * (chunks - 1)
-        inverse_whole, inverse_rest, inverse = 1.0 / whole, 1.0 / rest, 1.0 / total
-        # Means are taken from that of the first chunk on, which keeps what their differences are.
-        origin = tl.load(part_ptr + channels, mask=inside, other=0.0).to(tl.float64)
-        origin = origin * tl.where(chunks > 1, inverse_whole, inverse_rest)
-        origin += tl.load(part_ptr, mask=inside, other=0.0).to(tl.float64)
-        sums = tl.zeros([LANES, BLOCK], tl.float64)
-        squares = tl.zeros([LANES, BLOCK], tl.float64)
-        for first in range(0, chunks, LANES):
-            chunk = first + tl.arange(0, LANES)
-            valid = (chunk < chunks)[:, None] & inside[None, :]
-            part = part_ptr[None, :] + chunk[:, None] * 3 * channels
-            shift = tl.load(part, mask=valid, other=0.0).to(tl.float64)
-            part_sum = tl.load(part + channels, mask=valid, other=0.0).to(tl.float64)
-            square = tl.load(part + 2 * channels, mask=valid, other=0.0).to(tl.float64)
-            last = (chunk == chunks - 1)[:, None]
-            n = tl.where(last, rest, whole)
-            part_mean = part_sum * tl.where(last, inverse_rest, inverse_whole)
-            distance = tl.where(valid, shift + part_mean - origin[None, :], 0.0)
-            square = square - part_mean * part_sum
-            sums += n * distance
-            squares += tl.where(square < 0, 0.0, square) + n * distance * distance
-        moved = tl.sum(sums, 0) * inverse
-        mean = origin + moved
-        var = (tl.sum(squares, 0) - tl.sum(sums, 0) * moved) * inverse
-        var = tl.where(var < 0, 0.0, var)
-        rounded = mean.to(DTYPE)
-        low = (mean - rounded.to(tl.float64)).to(DTYPE).to(tl.float64)
-        tl.store(statistic, rounded, mask=inside)
-        tl.store(statistic + plane, low.to(DTYPE), mask=inside)
-        tl.store(statistic + 2 * plane, var.to(DTYPE), mask=inside)
-        var = var.to(DTYPE).to(tl.float64)
-    scale = tl.load(weight_ptr + channel, mask=inside & (has_weight != 0), other=1.0).to(tl.float64)
-    scale = scale / tl.sqrt(var + EPS)
-    offset = tl.load(bias_ptr + channel, mask=inside & (has_bias != 0), other=0.0).to(tl.float64)
-    offset = offset - low * scale
-    coefficient = coefficients_ptr + ghost * channels + channel
-    tl.store(coefficient, scale.to(DTYPE), mask=inside)
-    tl.store(coefficient + plane, offset.to(DTYPE), mask=inside)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def merge_gradients_kernel(
-    parts_ptr,
-    weight_ptr,
-    statistics_ptr,
-    keep_ptr,
-    coefficients_ptr,  # (3, ghosts, channels): scale, slope, offset
-    grad_weight_ptr,
-    grad_bias_ptr,
-    ghosts: tl.int32,
-    values: tl.int64,  # of one channel and ghost batch
-    has_weight: tl.int32,
-    has_keep: tl.int32,
-    channels: tl.int32,
-    chunks: tl.int32,
-    USE_RUNNING: tl.constexpr,
-    EPS: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    plane = ghosts * channels
-    inverse = 1.0 / (tl.zeros([BLOCK], tl.float64) + values)
-    weight = tl.load(weight_ptr + channel, mask=inside & (has_weight != 0), other=1.0).to(tl.float64)
-    grad_weight = tl.zeros([BLOCK], tl.float64)
-    grad_bias = tl.zeros([BLOCK], tl.float64)
-    for ghost in range(ghosts):
-        totals = tl.zeros([LANES, BLOCK], tl.float64)
-        products = tl.zeros([LANES, BLOCK], tl.float64)
-        for first in range(0, chunks, LANES):
-            chunk = first + tl.arange(0, LANES)
-            valid = (chunk < chunks)[:, None] & inside[None, :]
-            part = parts_ptr + (ghost * chunks + chunk[:, None]) * 3 * channels + channel[None, :]
-            totals += tl.load(part + channels, mask=valid, other=0.0).to(tl.float64)
-            products += tl.load(part + 2 * channels, mask=valid, other=0.0).to(tl.float64)
-        total, product = tl.sum(totals, 0), tl.sum(products, 0)
-        statistic = statistics_ptr + ghost * channels + channel
-        low = tl.load(statistic + plane, mask=inside, other=0.0).to(tl.float64)
-        var = tl.load(statistic + 2 * plane, mask=inside, other=1.0).to(tl.float64)
-        rstd = 1.0 / tl.sqrt(var + EPS)
-        scale = weight * rstd
-        product = product - low * total
-        slope = tl.zeros([BLOCK], tl.float64)
-        offset = tl.zeros([BLOCK], tl.float64)
-        if not USE_RUNNING:
-            slope = -scale * rstd * rstd * product * inverse
-            offset = -scale * total * inverse - slope * low
-        coefficient = coefficients_ptr + ghost * channels + channel
-        tl.store(coefficient, scale.to(DTYPE), mask=inside)
-        tl.store(coefficient + plane, slope.to(DTYPE), mask=inside)
-        tl.store(coefficient + 2 * plane, offset.to(DTYPE), mask=inside)
-        kept = tl.load(keep_ptr + ghost, mask=has_keep != 0, other=1) != 0
-        total = tl.where(kept, total, 0.0)
-        product = tl.where(kept, product, 0.0)
-        grad_weight += product * rstd
-        grad_bias += total
-    tl.store(grad_weight_ptr + channel, grad_weight.to(DTYPE), mask=inside)
-    tl.store(grad_bias_ptr + channel, grad_bias.to(DTYPE), mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -303,10 +198,12 @@ def affine_kernel(
     out_line_stride: tl.int64,
     out_channel_stride: tl.int64,
     ghosts: tl.int32,
+    lead_lines: tl.int32,
     lines: tl.int32,
     length: tl.int32,
     channels: tl.int32,
     chunk_lines: tl.int32,
+    lead_chunks: tl.int32,
     chunks: tl.int32,
     has_keep: tl.int32,
     CHANNELS_LAST: tl.constexpr,
@@ -320,8 +217,9 @@ def affine_kernel(
 ):
     # From the last chunk to the first, to meet what the first pass has left in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    ghost, chunk, block = _place(program, channels, chunks, CHANNELS_LAST, COLUMNS)
-    first, last = chunk * chunk_lines, tl.minimum(lines, (chunk + 1) * chunk_lines)
+    ghost, _, block, first_line, first, last = _place(
+        program, lead_lines, lines, channels, chunk_lines, lead_chunks, chunks, CHANNELS_LAST, COLUMNS
+    )
     if CHANNELS_LAST:
         channel = block * COLUMNS + tl.arange(0, COLUMNS)
         column_first, column_end = block * COLUMNS, block * COLUMNS + COLUMNS
@@ -346,7 +244,7 @@ def affine_kernel(
 
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        line = ghost * lines + row.to(tl.int64)
+        line = first_line + row.to(tl.int64)
         mask_line = line
         if not CHANNELS_LAST:
             mask_line = line * channels + block

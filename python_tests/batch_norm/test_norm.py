@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkt_fast.batch_norm.layer import ghost_batches, run_batch_norm
 
@@ -139,3 +140,38 @@ def test_bad_input():
         run_batch_norm(layer(), batch())
     with pytest.raises(ValueError, match="one value per channel"):
         run_batch_norm(layer(0), batch(0, rows=1))
+
+
+class _Ops(TorchDispatchMode):
+    """Counts the ops that change or compute values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_running_statistics_need_no_ops_of_their_own(dtype):
+    """The kernel writes them; what is left is torch's counter of batches."""
+    layer, x = nn.BatchNorm2d(5), torch.randn(4, 5, 3, 3).to(dtype)
+    with _Ops() as ops:
+        run_batch_norm(layer, x)
+    assert ops.seen == ["gkt_fast::ghost_batch_norm_tracking", "aten::add_"]
+    assert layer.num_batches_tracked == 1 and layer.running_mean.count_nonzero() == 5
+
+
+def test_running_statistics_in_another_dtype_than_the_kernels_are_updated_as_torch_does():
+    layer = nn.BatchNorm1d(5).double()
+    other = copy.deepcopy(layer)
+    x = torch.randn(6, 5)
+    layer.weight = layer.bias = None
+    run_batch_norm(layer, x)
+    other.weight = other.bias = None
+    other(x.double())
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(layer, name), getattr(other, name), rtol=1e-6, atol=1e-7)

@@ -204,7 +204,7 @@ def test_compute_capability(architectures, capability, fits, monkeypatch):
     module = types.SimpleNamespace(build_info=lambda: {"cuda": "13.0", "cuda_architectures": architectures})
     monkeypatch.setattr(native, "native_module", lambda: module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     native.check_capability.cache_clear()
     if fits:
@@ -233,6 +233,64 @@ def test_each_gpu_is_asked_once_for_its_capability(monkeypatch):
         native.check_capability("80-real, 90", 1)
     assert asked == [0, 1]
     native.check_capability.cache_clear()
+
+
+def test_one_of_two_gpus_is_enough(monkeypatch):
+    module = types.SimpleNamespace(build_info=lambda: {"cuda": "13.0", "cuda_architectures": "80-real, 90"})
+    monkeypatch.setattr(native, "native_module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (9, 0)][device])
+    native.check_capability.cache_clear()
+    assert native.native_cuda_module() is module
+    native.check_capability.cache_clear()
+
+
+def test_a_gpu_that_no_kernel_fits_is_given_up_alone_and_named_once(caplog, monkeypatch):
+    """Two GPUs, of which one is too old: all ops leave the backend there, none on the other one."""
+    devices, calls = [torch.device("cuda", index) for index in (0, 1)], []
+
+    class Native:
+        def forward(self, device):
+            if device.index == 1:
+                raise registry.UnfitDevice("compute capability 7.5")
+            return "native"
+
+    class Torch:
+        def forward(self, device):
+            return "torch"
+
+    monkeypatch.setitem(registry.ORDER, "cuda", ("cuda", "torch"))
+    dtypes = (torch.float32, torch.bfloat16)
+    for op in OPS:
+        registry.register(registry.Implementation(op, "cuda", ("cuda",), dtypes, Native))
+        registry.register(registry.Implementation(op, "torch", ("cuda",), dtypes, Torch))
+
+    def run(op, device, dtype):
+        def call(backend):
+            calls.append((op, dtype, device.index, type(backend).__name__))
+            return backend.forward(device)
+
+        return registry.run(op, device, dtype, call)
+
+    with caplog.at_level(logging.WARNING, "gkt_fast"):
+        for _ in range(2):
+            for op in OPS:
+                for dtype in dtypes:
+                    assert [run(op, device, dtype) for device in devices] == ["native", "torch"]
+    assert [call for call in calls if call[2:] == (1, "Native")] == [(OPS[0], torch.float32, 1, "Native")]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no op runs on 'cuda' on cuda:1: compute capability 7.5"
+    ]
+    assert registry.reason_against(OPS[1], "cuda", devices[1], torch.bfloat16) == "compute capability 7.5"
+    assert registry.reason_against(OPS[1], "cuda", devices[0], torch.bfloat16) is None
+    told = {row["op"]: row["status"] for row in explain() if row["backend"] == "cuda"}
+    assert told[OPS[0]].startswith("no op runs on cuda:1: compute capability 7.5")
+    with (
+        use_backend("cuda"),
+        pytest.raises(BackendError, match=r"on cuda:1 tensors of .*: compute capability 7\.5"),
+    ):
+        run(OPS[0], devices[1], torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,18 @@ def resnet50_norms() -> set[tuple[int, ...]]:
 
 def chunks_of(native, channels_last: bool, ghosts: int, shape: tuple[int, int, int, int]) -> int:
     """As many as the native module allocates sums for: 3 per chunk, and 3 coefficients."""
-    rows, channels, height, width = shape
-    elements = native.ghost_batch_norm_workspace_cuda(
-        (0, channels_last, ghosts, rows, channels, height * width)
-    )
+    rows, channels = shape[:2]
+    elements = all_elements(native, channels_last, ghosts, shape, rows)
     chunks, rest = divmod(elements // (3 * ghosts * channels) - 1, 1)
     assert rest == 0 and elements % (3 * ghosts * channels) == 0
     return chunks
+
+
+def all_elements(native, channels_last, ghosts, shape, lead_rows) -> int:
+    rows, channels, height, width = shape
+    return native.ghost_batch_norm_workspace_cuda(
+        (0, channels_last, ghosts, rows, channels, height * width, lead_rows)
+    )
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -64,28 +69,50 @@ def test_no_norm_of_resnet50_takes_many_trips(native, resnet50_norms, channels_l
     for channels, height, width in resnet50_norms:
         for ghosts in GHOSTS:
             chunks = chunks_of(native, channels_last, ghosts, (BATCH_SIZE, channels, height, width))
-            assert chunks == merges.chunk_count(channels_last, ghosts, BATCH_SIZE, channels, height * width)
+            counts = merges.chunk_counts(channels_last, ghosts, BATCH_SIZE, channels, height * width)
+            assert chunks == counts.lead == counts.other
             assert chunks <= math.ceil(merges.MOST_CHUNKS / ghosts)
-            assert merges.statistics_trips(chunks) <= MOST_TRIPS
-            assert merges.gradient_trips(chunks, ghosts) <= MOST_TRIPS
+            assert merges.statistics_trips(counts) <= MOST_TRIPS
+            assert merges.gradient_trips(counts, ghosts) <= MOST_TRIPS
+
+
+@pytest.mark.parametrize("rows", [2, 64, 128, 255, 512])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_unequal_ghost_batches_take_no_more(native, resnet50_norms, channels_last, rows):
+    """The first ghost batch has the whole batch, each other one `rows` rows."""
+    for channels, height, width in resnet50_norms:
+        for ghosts in GHOSTS[1:]:
+            shape = (rows, channels, height, width)
+            counts = merges.chunk_counts(channels_last, ghosts, rows, channels, height * width, BATCH_SIZE)
+            chunks = counts.lead + (ghosts - 1) * counts.other
+            assert all_elements(native, channels_last, ghosts, shape, BATCH_SIZE) == (
+                3 * channels * (chunks + ghosts)
+            )
+            assert chunks <= merges.MOST_CHUNKS + ghosts
+            assert merges.statistics_trips(counts) <= MOST_TRIPS
+            assert merges.gradient_trips(counts, ghosts, equal=False) <= MOST_TRIPS
 
 
 # Rows that are long enough to be a chunk each, in planes.
 ROW = (1, 41, 100)
 
 
-@pytest.mark.parametrize(("ghosts", "rows"), [(1, 70), (3, 20), (20, 3)])
-def test_trips_are_as_counted(native, ghosts, rows):
+@pytest.mark.parametrize(
+    ("ghosts", "rows", "lead_rows"),
+    [(1, 70, 70), (3, 20, 20), (20, 3, 3), (3, 20, 70), (2, 70, 20), (4, 2, 66)],
+)
+def test_trips_are_as_counted(native, ghosts, rows, lead_rows):
     """The reads of parts by the thread that makes most of them: 3 per chunk forward, 2 backward."""
-    chunks = chunks_of(native, False, ghosts, (rows, *ROW))
-    assert chunks == rows
-    x = torch.randn(ghosts * rows, *ROW).requires_grad_()
+    chunks, equal = merges.Chunks(lead_rows, rows), lead_rows == rows
+    if equal:
+        assert chunks_of(native, False, ghosts, (rows, *ROW)) == rows
+    x = torch.randn(lead_rows + (ghosts - 1) * rows, *ROW).requires_grad_()
     with use_backend("cuda-host"), build.count_traffic(native) as rows:
-        y, _, _ = ghost_batch_norm(x, None, None, ghosts=ghosts, activation="identity")
+        y, _, _ = ghost_batch_norm(x, None, None, ghosts=ghosts, lead_rows=lead_rows, activation="identity")
         y.backward(torch.ones_like(y))
     for kernel, loads, trips in (
-        ("merge_statistics", 3, merges.chunk_trips(chunks, ghosts, backward=False)),
-        ("merge_gradients", 2, merges.chunk_trips(chunks, ghosts, backward=True)),
+        ("merge_statistics", 3, merges.chunk_trips(chunks, ghosts, backward=False, equal=equal)),
+        ("merge_gradients", 2, merges.chunk_trips(chunks, ghosts, backward=True, equal=equal)),
     ):
         most = max(
             row.most_of_a_thread for row in rows if kernel in row.kernel and row.kind == "read" and row.line

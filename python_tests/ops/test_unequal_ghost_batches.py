@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ghost_batch_norm_formula import (
+    BACKENDS,
     channels_last,
     expected,
     make,
@@ -16,7 +17,6 @@ from helpers.ghost_batch_norm_formula import (
 from gkt_fast import ghost_batch_norm
 from gkt_fast.ops import ghost_batch_norm_reference
 
-BACKENDS = ["torch"]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 # (shape of x, ghosts, rows of the first)
 SIZES = [

@@ -26,6 +26,7 @@ def check_arguments(
     eps: float,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    momentum: float | None,
 ) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x is {_kind(x)}; it must be a tensor of {', '.join(map(str, FLOAT_DTYPES))}")
@@ -48,6 +49,8 @@ def check_arguments(
             _check_tensor(name, vector, (x.shape[1],), (x.dtype, accumulation_dtype(x.dtype)), x.device)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
+    if momentum is not None:
+        _check_update(x, ghosts, running_mean, running_var, momentum)
     if residual is not None:
         _check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device)
     if keep is not None:
@@ -56,7 +59,7 @@ def check_arguments(
             raise ValueError(
                 "keep is given without residual; a dropped ghost batch passes its residual through"
             )
-    if running_mean is None and x.numel():
+    if (running_mean is None or momentum is not None) and x.numel():
         rows = x.shape[0] // ghosts
         if lead_rows is not None and ghosts > 1:
             rows = min(lead_rows, (x.shape[0] - lead_rows) // (ghosts - 1))
@@ -65,6 +68,27 @@ def check_arguments(
                 f"x has shape {tuple(x.shape)} with ghosts={ghosts}, lead_rows={lead_rows}: one value per channel and "
                 "ghost batch has no variance; training needs more than one"
             )
+
+
+def _check_update(
+    x: Tensor, ghosts: int, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> None:
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum is {momentum!r}; it must be a float or None")
+    if not abs(momentum) < float("inf"):
+        raise ValueError(f"momentum is {momentum}; it must be finite")
+    if running_mean is None:
+        raise ValueError("momentum is given without running_mean and running_var, which it updates")
+    if ghosts != 1:
+        raise ValueError(
+            f"momentum is given with ghosts={ghosts}; running statistics are those of one ghost batch"
+        )
+    dtype = accumulation_dtype(x.dtype)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running.dtype != dtype:
+            raise TypeError(f"{name} is {_kind(running)}; to be updated it must be a tensor of {dtype}")
+        if running.requires_grad:
+            raise ValueError(f"{name} requires grad; to be updated it must not")
 
 
 def _check_rows(x: Tensor, ghosts: int, lead_rows: int | None) -> None:

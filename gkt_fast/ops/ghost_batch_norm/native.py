@@ -25,7 +25,7 @@ def _activation(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int,
 
 
 def _native_shape(problem: Problem) -> tuple[int, ...]:
-    return DTYPES[problem.dtype], problem.channels_last, *problem.sizes
+    return DTYPES[problem.dtype], problem.channels_last, *problem.sizes, problem.lead_rows
 
 
 class _NativeBackend:
@@ -46,7 +46,20 @@ class _NativeBackend:
             None if self._workspace is None else statistics.new_empty(self._workspace(_native_shape(problem)))
         )
 
-    def forward(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
+    def forward(
+        self,
+        problem: Problem,
+        x,
+        residual,
+        weight,
+        bias,
+        keep,
+        y,
+        statistics,
+        mask,
+        running_mean=None,
+        running_var=None,
+    ) -> None:
         weight, bias, keep = (None if v is None else v.contiguous() for v in (weight, bias, keep))
         scratch = self._scratch(problem, statistics)
         self._forward(
@@ -62,6 +75,9 @@ class _NativeBackend:
             _activation(y, problem),
             _address(statistics),
             _address(mask),
+            _address(running_mean),
+            _address(running_var),
+            problem.momentum or 0.0,
             _address(scratch),
             self._where(x),
         )

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from .. import library
 from ..dtypes import FLOAT_DTYPES, accumulation_dtype
 from ..native import native_cuda_module, native_module
-from ..registry import Implementation, register, run, run_in_plain_torch
+from ..registry import Implementation, register, run
 from .checks import check_arguments
 from .native import CppBackend, CudaBackend
 from .problem import describe, gradient_outputs, outputs, readable, readable_as
@@ -48,11 +48,13 @@ def ghost_batch_norm(
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    momentum: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """activation(batch_norm(x) + residual), each ghost batch normalised with its own statistics.
 
     Without running statistics (training) x is normalised with its own mean and biased variance and the gradient
-    flows through them. With them (eval mode) the op is a folded affine map, the same for every ghost batch.
+    flows through them. With them (eval mode) the op is a folded affine map, the same for every ghost batch. With them
+    and a momentum (training) x is normalised with its own, and the running ones are updated in place.
 
     Args:
         x: (m*B, C, *spatial), spatial of any rank, also none; float32, float64, bfloat16 or float16. Contiguous,
@@ -70,6 +72,9 @@ def ghost_batch_norm(
         eps: added to the variance.
         running_mean: (C,), eval mode: normalises with these statistics, which get no gradient. With running_var.
         running_var: (C,), see running_mean.
+        momentum: updates the running statistics with those of the one ghost batch, the variance unbiased:
+            r <- (1 - momentum) r + momentum * statistic. They must be in float32 (float64 for float64 x); an empty
+            batch leaves them as they are. None: they are not updated.
 
     Returns:
         y of x's shape, dtype and memory format; mean and biased variance used, (m, C) each, in float32 (float64
@@ -81,7 +86,18 @@ def ghost_batch_norm(
         RuntimeError: its gradient is differentiated; that of `ghost_batch_norm_reference` can be.
     """
     check_arguments(
-        x, weight, bias, ghosts, lead_rows, residual, keep, activation, eps, running_mean, running_var
+        x,
+        weight,
+        bias,
+        ghosts,
+        lead_rows,
+        residual,
+        keep,
+        activation,
+        eps,
+        running_mean,
+        running_var,
+        momentum,
     )
     dtype = accumulation_dtype(x.dtype)
     if x.dtype != dtype:
@@ -89,6 +105,11 @@ def ghost_batch_norm(
             None if vector is None else vector.to(dtype)
             for vector in (weight, bias, running_mean, running_var)
         )
+    if momentum is not None:
+        y, statistics, _ = _tracking_op(
+            x, weight, bias, residual, keep, running_mean, running_var, momentum, activation == "relu", eps
+        )
+        return y, statistics[0], statistics[2]
     y, statistics, _ = _op(
         x,
         weight,
@@ -105,27 +126,58 @@ def ghost_batch_norm(
     return y, statistics[0], statistics[2]
 
 
-def _forward(x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None):
+def _forward(
+    x,
+    weight,
+    bias,
+    residual,
+    keep,
+    running_mean,
+    running_var,
+    ghosts,
+    relu,
+    eps,
+    lead_rows=None,
+    momentum=None,
+):
+    """Normalises with the running statistics; with a momentum, which asks for one ghost batch, updates them instead."""
     x, channels_last = readable(x)
     y, statistics, mask = outputs(x, channels_last, ghosts, relu)
-    if running_mean is not None:
+    use_running = running_mean is not None and momentum is None
+    if use_running:
         statistics[0] = running_mean
         statistics[1] = 0
         statistics[2] = running_var
     if x.numel() == 0:
-        return y, statistics if running_mean is not None else statistics.zero_(), mask
+        return y, statistics if use_running else statistics.zero_(), mask
     if residual is not None:
         residual = readable_as(residual, channels_last)
-    problem = describe(x, channels_last, ghosts, relu, eps, running_mean is not None, lead_rows)
+    problem = describe(x, channels_last, ghosts, relu, eps, use_running, lead_rows, momentum)
     tensors = x, residual, weight, bias, keep, y, statistics, mask
-    _run(problem, x, lambda backend: backend.forward(problem, *tensors))
+    if momentum is None:
+        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors))
+    else:
+        dense = running_mean.contiguous(), running_var.contiguous()
+        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors, *dense))
+        _written((running_mean, running_var), dense)
     return y, statistics, mask
 
 
-def _run(problem, x, call):
-    if problem.lead_rows != problem.sizes[1]:
-        return run_in_plain_torch(NAME, "ghost batches of unequal rows", call)
-    return run(NAME, x.device.type, x.dtype, call)
+def _written(running, dense):
+    """What a kernel wrote reaches the running statistics, and autograd is told."""
+    for own, copy in zip(running, dense, strict=True):
+        if own is not copy:
+            own.copy_(copy)
+        elif not own.is_inference():
+            torch.autograd.graph.increment_version(own)
+
+
+def _tracking_forward(x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps):
+    return _forward(x, weight, bias, residual, keep, running_mean, running_var, 1, relu, eps, None, momentum)
+
+
+def _fake_tracking_forward(x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps):
+    return outputs(*readable(x), 1, relu)
 
 
 def _fake_forward(
@@ -145,7 +197,7 @@ def _backward(
     problem = describe(x, channels_last, ghosts, relu, eps, use_running, lead_rows)
     saved = readable_as(grad_y, channels_last), x, weight, statistics, mask, keep
     filled = grad_x, grad_residual if residual else None, grad_weight, grad_bias
-    _run(problem, x, lambda backend: backend.backward(problem, *saved, *filled))
+    run(NAME, x.device, x.dtype, lambda backend: backend.backward(problem, *saved, *filled))
     return gradients
 
 
@@ -155,52 +207,73 @@ def _fake_backward(
     return gradient_outputs(readable(x)[0], statistics, residual)
 
 
+def _save(ctx, x, weight, keep, results, options, lead_rows):
+    y, statistics, mask = results
+    ctx.mark_non_differentiable(statistics, mask)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, statistics, mask, keep)
+    ctx.options, ctx.lead_rows = options, lead_rows
+    return y, statistics, mask
+
+
+def _gradients(ctx, grad_y):
+    """Of x, weight, bias and residual."""
+    if grad_y is None:
+        return (None,) * 4
+    x, weight, statistics, mask, keep = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    own_residual = needs_residual and ctx.options[1]  # without ReLU it is the gradient of y
+    grad_x = grad_residual = grad_weight = grad_bias = None
+    if needs_x or needs_weight or needs_bias or own_residual:
+        gradients = library.below_autograd(
+            _backward_op,
+            grad_y,
+            x,
+            weight,
+            statistics,
+            mask,
+            keep,
+            *ctx.options,
+            own_residual,
+            ctx.lead_rows,
+        )
+        if torch.is_grad_enabled():
+            through = (grad_y, x) if weight is None else (grad_y, x, weight)
+            gradients = library.refuse_second_derivative(NAME, gradients, through)
+        grad_x, grad_residual, grad_weight, grad_bias = gradients
+    return (
+        grad_x if needs_x else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        grad_residual if own_residual else grad_y if needs_residual else None,
+    )
+
+
 class _Differentiated(Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None
     ):
         inputs = x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows
-        y, statistics, mask = library.below_autograd(_op, *inputs)
-        ctx.mark_non_differentiable(statistics, mask)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, statistics, mask, keep)
-        ctx.options = ghosts, relu, eps, running_mean is not None
-        ctx.lead_rows = lead_rows
-        return y, statistics, mask
+        results = library.below_autograd(_op, *inputs)
+        options = ghosts, relu, eps, running_mean is not None
+        return _save(ctx, x, weight, keep, results, options, lead_rows)
 
     @staticmethod
     def backward(ctx, grad_y, *_: None):
-        if grad_y is None:
-            return (None,) * 11
-        x, weight, statistics, mask, keep = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        own_residual = needs_residual and ctx.options[1]  # without ReLU it is the gradient of y
-        grad_x = grad_residual = grad_weight = grad_bias = None
-        if needs_x or needs_weight or needs_bias or own_residual:
-            gradients = library.below_autograd(
-                _backward_op,
-                grad_y,
-                x,
-                weight,
-                statistics,
-                mask,
-                keep,
-                *ctx.options,
-                own_residual,
-                ctx.lead_rows,
-            )
-            if torch.is_grad_enabled():
-                through = (grad_y, x) if weight is None else (grad_y, x, weight)
-                gradients = library.refuse_second_derivative(NAME, gradients, through)
-            grad_x, grad_residual, grad_weight, grad_bias = gradients
-        return (
-            grad_x if needs_x else None,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-            grad_residual if own_residual else grad_y if needs_residual else None,
-            *(None,) * 7,
-        )
+        return *_gradients(ctx, grad_y), *(None,) * 7
+
+
+class _DifferentiatedTracking(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps):
+        inputs = x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps
+        results = library.below_autograd(_tracking_op, *inputs)
+        return _save(ctx, x, weight, keep, results, (1, relu, eps, False), None)
+
+    @staticmethod
+    def backward(ctx, grad_y, *_: None):
+        return *_gradients(ctx, grad_y), *(None,) * 6
 
 
 for _implementation in (
@@ -225,4 +298,12 @@ _backward_op = library.define(
     _backward,
     _fake_backward,
 )
+_tracking_op = library.define(
+    f"{NAME}_tracking(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? keep, "
+    "Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, bool relu, float eps) "
+    "-> (Tensor y, Tensor statistics, Tensor mask)",
+    _tracking_forward,
+    _fake_tracking_forward,
+)
 library.differentiate(_op, _Differentiated)
+library.differentiate(_tracking_op, _DifferentiatedTracking)

@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     relu: bool
     eps: float
     use_running: bool
+    momentum: float | None = None  # of the running statistics that are updated; None: none are
 
 
 class Part(NamedTuple):
@@ -76,8 +77,9 @@ def describe(
     eps: float,
     use_running: bool,
     lead_rows: int | None = None,
+    momentum: float | None = None,
 ) -> Problem:
-    """The problem for an x in this layout; `lead_rows` as of `ghost_batch_norm`."""
+    """The problem for an x in this layout; `lead_rows` and `momentum` as of `ghost_batch_norm`."""
     shape = x.shape
     rows = shape[0] // ghosts
     if lead_rows is None:
@@ -85,7 +87,7 @@ def describe(
     elif ghosts > 1:
         rows = (shape[0] - lead_rows) // (ghosts - 1)
     sizes = (ghosts, rows, shape[1], math.prod(shape[2:]))
-    return Problem(sizes, lead_rows, x.dtype, channels_last, ghosts, relu, eps, use_running)
+    return Problem(sizes, lead_rows, x.dtype, channels_last, ghosts, relu, eps, use_running, momentum)
 
 
 def mask_size(shape: tuple[int, ...], channels_last: bool) -> int:

@@ -25,14 +25,19 @@ def ghost_batch_norm_reference(
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    momentum: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch, differentiable by autograd as often as wanted; arguments of `ghost_batch_norm`."""
-    problem = describe(x, False, ghosts, activation == "relu", eps, running_mean is not None, lead_rows)
-    running = None if running_mean is None else (running_mean, running_var)
+    use_running = running_mean is not None and momentum is None
+    problem = describe(x, False, ghosts, activation == "relu", eps, use_running, lead_rows, momentum)
+    running = (running_mean, running_var) if use_running else None
     parts = [_reference_part(part, x, weight, bias, residual, keep, running) for part in equal_parts(problem)]
     ys, means, variances = zip(*parts, strict=True)
     y = torch.cat(ys) if len(ys) > 1 else ys[0].reshape(x.shape)
-    return y.to(x.dtype), torch.cat(means).detach(), torch.cat(variances).detach()
+    mean, var = torch.cat(means).detach(), torch.cat(variances).detach()
+    if momentum is not None and x.numel():
+        _update(problem, mean[0], var[0], running_mean, running_var)
+    return y.to(x.dtype), mean, var
 
 
 def _reference_part(
@@ -65,13 +70,29 @@ class TorchBackend:
     Its backward pass is written out: autograd would keep several activations for it.
     """
 
-    def forward(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
+    def forward(
+        self,
+        problem: Problem,
+        x,
+        residual,
+        weight,
+        bias,
+        keep,
+        y,
+        statistics,
+        mask,
+        running_mean=None,
+        running_var=None,
+    ) -> None:
         for part in equal_parts(problem):
             rows, ghosts = part.of_rows, part.of_ghosts
             self._forward_part(
                 part.problem, rows(x), rows(residual), weight, bias, ghosts(keep), rows(y),
                 ghosts(statistics, 1), _mask_of(mask, problem, part),
             )  # fmt: skip
+
+        if running_mean is not None:
+            _update(problem, statistics[0, 0], statistics[2, 0], running_mean, running_var)
 
     def _forward_part(self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask) -> None:
         values = _by_ghost(x, problem)
@@ -155,6 +176,14 @@ def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     var, exact_mean = torch.var_mean(values.double(), (1, 3), correction=0)
     mean = exact_mean.to(values.dtype)
     return mean, (exact_mean - mean).to(values.dtype), var.to(values.dtype)
+
+
+@torch.no_grad()
+def _update(problem: Problem, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    """Mixes the statistics (C,) of one ghost batch into the running ones."""
+    values = problem.lead_rows * problem.sizes[3]
+    for running, statistic in ((running_mean, mean), (running_var, var * (values / max(values - 1, 1)))):
+        running.mul_(1 - problem.momentum).add_(statistic.to(running.dtype), alpha=problem.momentum)
 
 
 def _normalized(values: Tensor, statistics: tuple[Tensor, ...], eps: float) -> Tensor:

@@ -127,7 +127,7 @@ def _forward(
     else:
         run(
             NAME,
-            logits.device.type,
+            logits.device,
             logits.dtype,
             lambda backend: backend.forward(problem, *tensors),
         )
