@@ -22,10 +22,10 @@ from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SHARES
 from accuracy_rows import (
     Rows,
     by,
-    cost,
     difference,
     inference_cost,
     interval,
+    mean_and_error,
     measured_depths,
     picture,
     spread,
@@ -38,11 +38,25 @@ from gkt_fast.instruments.tables import replace_marked
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python bench/accuracy_report.py --update"
-README_SETTINGS = (
+HEADLINE_SETTINGS = (
+    {"model": "cifar_resnet20", "train_images": "5000", "epochs": "60"},
+    {"model": "vit8", "train_images": "10000"},
     {"model": "cifar_resnet20", "train_images": "1000", "epochs": "100"},
     {"model": "cifar_resnet20", "train_images": "10000", "epochs": "15"},
 )
-"""The settings of README's table, where there are rows of them; docs/measurements/accuracy.md has all."""
+"""What README's table and picture may show, the best first: two of them that have all the rows of the table."""
+OLDER = ("stochastic depth", "st", "st++")
+"""Methods that came before; the table has the one with the most accurate full network."""
+NAMES = {
+    "plain": "plain",
+    "plain, cost of gkt": "plain, trained on for what GKT costs",
+    "stochastic depth": "stochastic depth",
+    "st": "Stimulative Training",
+    "st++": "Stimulative Training++",
+    "gkt": "**GKT**",
+    "alone": "the smallest depth, trained alone",
+}
+"""What the lines of the table are called."""
 
 
 def main() -> None:
@@ -57,6 +71,12 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for path in args.csv for row in read(path)]
     accuracy_pictures.write(rows, args.output or args.csv[0].parent)
+    if args.output or args.update:
+        light, dark = (
+            (args.output or ROOT / "docs" / "pictures") / name for name in accuracy_pictures.HEADLINE
+        )
+        chosen = [row for group in headline_settings(rows).values() for row in group]
+        accuracy_pictures.plot_inference(chosen, light, dark)
     for name, write in DOCUMENTS.items():
         text = write(rows)
         print(text)
@@ -81,28 +101,51 @@ def report(rows: Rows) -> str:
     return "\n".join(["", *parts, ""])
 
 
-def readme(rows: Rows) -> str:
-    chosen = [row for row in rows if any(setting.items() <= row.items() for setting in README_SETTINGS)]
-    return headline(chosen or rows)
-
-
 def headline(rows: Rows) -> str:
-    """Methods down, settings across: cost in plain trainings, accuracy of the full network and the smallest subnet."""
-    settings = by(rows, SETTING)
-    header, lines = ["method"], [[name] for name in METHODS] + [["its smallest subnet, trained alone"]]
-    for setting, group in settings.items():
-        smallest = measured_depths(group)[-1]
-        header += [f"{title(setting)}: cost", "full network", f"depths {smallest}"]
+    """README's table: methods down, two settings across, with the accuracy at the largest and the smallest depth."""
+    settings = headline_settings(rows)
+    groups = [by(group, ["recipe"]) for group in settings.values()]
+    older = [name for name in OLDER if all((name,) in group for group in groups)]
+    older.sort(key=lambda name: sum(mean_and_error(group[name,], "full")[0] for group in groups))
+    names = ["plain", "plain, cost of gkt", *older[-1:], "gkt", "alone"]
+    header, lines, legend = ["training"], [[NAMES[name]] for name in names], []
+    for letter, (setting, group) in zip("AB", settings.items(), strict=False):
+        smallest = smallest_alone(group)
         recipes = by(group, ["recipe"])
-        for line, name in zip(lines, [*METHODS, f"plain {smallest}"], strict=True):
-            runs = recipes.get((name,), [])
-            relative = f"{cost(runs) / int(runs[0]['epochs']):.2f}" if runs else ""
+        header += [f"{letter}: cost", "full network", f"depth {smallest}"]
+        legend.append(f"{letter}: {title(setting)}.")
+        for line, name in zip(lines, names, strict=True):
+            runs = recipes.get((f"plain {smallest}" if name == "alone" else name,), [])
+            relative = f"{accuracy_pictures.relative_cost(runs):.2f}" if runs else ""
             full, part = (spread(values_of(runs, column).values()) for column in ("full", smallest))
-            line += [relative, "", full] if name in ALONE else [relative, full, part]
-    return table_of([header, *(line for line in lines if any(line[1:]))])
+            line += [relative, "", full] if name == "alone" else [relative, full, part]
+    table = table_of([header, *(line for line in lines if any(line[1:]))])
+    return f"{table}\n{' '.join(legend)}\n"
 
 
-DOCUMENTS = {"README.md": readme, "docs/measurements/accuracy.md": report}
+def headline_settings(rows: Rows) -> dict[tuple[str, ...], Rows]:
+    """The two of README; where none of them has rows, those that there are."""
+    settings = by(rows, SETTING)
+    needed = {"plain", "plain, cost of gkt", "gkt"}
+    complete = [
+        (setting, group)
+        for wanted in HEADLINE_SETTINGS
+        for setting, group in settings.items()
+        if wanted.items() <= group[0].items()
+        and needed <= {row["recipe"] for row in group}
+        and any(row["recipe"] in ALONE for row in group)
+    ]
+    return dict(complete[:2]) or settings
+
+
+def smallest_alone(rows: Rows) -> str:
+    """The smallest depths that were trained alone, or else evaluated."""
+    alone = {"-".join(map(str, RECIPES[row["recipe"]].alone or ())) for row in rows if row["recipe"] in ALONE}
+    depths = measured_depths(rows)
+    return next((name for name in reversed(depths) if name in alone), depths[-1])
+
+
+DOCUMENTS = {"README.md": headline, "docs/measurements/accuracy.md": report}
 
 
 def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:

@@ -19,6 +19,7 @@ ROOMS = {
     "config": [],
     "distributed": [],
     "models": [],
+    "pictures": [],
     "kernels": [],
     "subnets": ["config"],
     "ops": ["config", "kernels", "_native"],
@@ -26,7 +27,7 @@ ROOMS = {
     "batch_norm": ["ops"],
     "execution": ["network", "batch_norm", "ops", "subnets", "config", "distributed"],
     "gkt": ["execution", "network", "batch_norm", "subnets", "config", "ops"],
-    "deployment": ["network", "batch_norm", "subnets", "config", "distributed"],
+    "deployment": ["network", "batch_norm", "subnets", "config", "distributed", "pictures"],
     "training": ["deployment", "gkt", "network", "subnets", "config", "distributed"],
 }
 """What a room (a folder, or a module of the root) may import of the others."""
