@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Progress bars on a terminal, our own lines elsewhere.
+PIP = $(BIN)/python -m pip install $(shell test -t 2 || echo --quiet) --disable-pip-version-check --constraint constraints.txt
 NATIVE_SOURCES = $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
 FORMATTED_SOURCES = $(shell find csrc kernels python_tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -27,13 +29,15 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/throughput.py
 
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE_SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "Setting up $(VENV): torch is downloaded and the native module built, which takes minutes the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
 	touch $@
 
 # What an extra needs beside the package, which is built once.
 $(VENV)/.installed-%: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "gkt_fast[$*]"
+	@echo "Installing what '$*' needs beside the package."
+	$(PIP) "gkt_fast[$*]"
 	touch $@
 
 clean:

@@ -12,13 +12,13 @@ what was in use before it, and includes the gradient.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import provider_pictures
 import torch
 from harness import RESULTS, environment, measure, print_table, write_csv
 
@@ -153,31 +153,13 @@ def resident(field: str) -> int:
 
 
 def plot(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["normalize_logits"] == "True"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    providers = list(dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("copy")))
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / len(providers)
-    for i, provider in enumerate(providers):
-        chosen = {row["shape"]: float(row["times_copy"]) for row in rows if row["provider"] == provider}
-        heights = [chosen.get(shape, 0) for shape in shapes]
-        bars = axes.bar([x + i * width for x in range(len(shapes))], heights, width, label=provider)
-        axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_ylabel("time / time of copying the logits")
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(shapes))], shapes)
-    axes.set_xlabel("shape of the logits: streams x batch x classes (x height x width)")
-    axes.set_title(
-        f"group_knowledge_loss, forward + backward, normalised logits ({rows[0]['device']})", fontsize=10
+    provider_pictures.plot(
+        path,
+        "times_copy",
+        "How long does the loss of all streams take?",
+        "forward and backward, normalised logits, in copies of the logits; streams × batch × classes (× pixels)",
+        chosen=lambda row: row["normalize_logits"] == "True",
     )
-    axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

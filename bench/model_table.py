@@ -2,8 +2,8 @@
 
     python bench/model_table.py --update
 
-writes it into docs/guide/models.md, and its short form into README.md. Costs are expectations in plain steps with
-the default configuration (three subnets), counted in FLOPs of the networks as their libraries give them.
+writes it into docs/guide/models.md. Costs are expectations in plain steps with the default configuration (three
+subnets), counted in FLOPs of the networks as their libraries give them.
 python_tests/network/test_model_coverage.py holds every row against the code.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gkt_fast.instruments.model_table import COMMAND, DOCUMENTS, row, table
+from gkt_fast.instruments.model_table import COMMAND, DOCUMENT, row, table
 from gkt_fast.instruments.tables import replace_marked
 from gkt_fast.instruments.zoo import ZOO
 
@@ -23,18 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--update", action="store_true", help="write the tables into docs/guide/models.md and README.md"
-    )
+    parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT}")
     args = parser.parse_args()
-    rows = {zoo_model: row(zoo_model) for zoo_model in ZOO}
-    for document, headlines_only in DOCUMENTS.items():
-        text = table([cells for model, cells in rows.items() if model.headline or not headlines_only])
-        if args.update:
-            path = ROOT / document
-            path.write_text(replace_marked(path.read_text(), COMMAND, text))
-        elif not headlines_only:
-            print(text, end="")
+    text = table([row(zoo_model) for zoo_model in ZOO])
+    print(text, end="")
+    if args.update:
+        path = ROOT / DOCUMENT
+        path.write_text(replace_marked(path.read_text(), COMMAND, text))
 
 
 if __name__ == "__main__":

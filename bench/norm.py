@@ -15,6 +15,7 @@ import argparse
 import ctypes
 from pathlib import Path
 
+import provider_pictures
 import torch
 import torch.nn.functional as F
 from harness import RESULTS, environment, measure, print_table, write_csv
@@ -102,26 +103,14 @@ def rows(device: str, dtype: torch.dtype, names: list[str], repeats: int) -> lis
     return table
 
 
-def plot(table: list[dict[str, object]], path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys(row["shape"] for row in table))
-    names = list(dict.fromkeys(row["provider"] for row in table))
-    figure, axes = plt.subplots(figsize=(8, 4))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        speedups = [row["speedup_over_eager"] for row in table if row["provider"] == name]
-        bars = axes.bar([s + i * width for s in range(len(shapes))], speedups, width, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.set_xticks([s + 0.4 - width / 2 for s in range(len(shapes))], shapes)
-    axes.set_ylabel("speed relative to torch eager")
-    axes.set_title("BatchNorm + residual + ReLU, forward and backward, channels_last")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def plot(path: Path) -> None:
+    provider_pictures.plot(
+        path,
+        "speedup_over_eager",
+        "How fast is the fused normalisation?",
+        "BatchNorm, residual and ReLU, forward and backward, times faster than eager torch; batch × channels × pixels",
+        baseline="eager torch",
+    )
 
 
 def main() -> None:
@@ -131,7 +120,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--csv", type=Path, help="default: results/norm.csv; the picture goes beside it")
     parser.add_argument("--retain-memory", action="store_true")
+    parser.add_argument("--plot", action="store_true", help="only draw the CSV")
     arguments = parser.parse_args()
+    name = "norm" + (f"_{arguments.dtype}" if arguments.dtype != "float32" else "")
+    name += "_retained" if arguments.retain_memory else ""
+    path = arguments.csv or RESULTS / f"{name}.csv"
+    if arguments.plot:
+        plot(path)
+        return
     if arguments.retain_memory:
         retain_memory()
     torch.set_num_threads(arguments.threads)
@@ -150,11 +146,8 @@ def main() -> None:
             "copy_gb_per_s",
         ],
     )
-    name = "norm" + (f"_{arguments.dtype}" if arguments.dtype != "float32" else "")
-    name += "_retained" if arguments.retain_memory else ""
-    path = arguments.csv or RESULTS / f"{name}.csv"
     write_csv(path, table)
-    plot(table, path.with_suffix(".png"))
+    plot(path)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from harness import RESULTS, environment, measure, print_table, write_csv
 from models import MODELS
 from throughput import WARMUP, gkt_step, plain_step
 
-from gkt_fast import GKT, GKTConfig
+from gkt_fast import GKT, GKTConfig, pictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STREAMS = {2: (1, 1), 3: (2, 1), 4: (3, 1), 5: (2, 2), 7: (3, 2), 10: (3, 3), 13: (3, 4)}
 """Number of streams -> groups, loops."""
@@ -39,7 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, help="default: results/scaling_MODEL.csv; the picture goes beside it"
     )
+    parser.add_argument("--plot", action="store_true", help="only draw the CSV")
     args = parser.parse_args()
+    path = args.csv or RESULTS / f"scaling_{args.model}.csv"
+    if args.plot:
+        plot(path)
+        return
     configs: dict[tuple[str, float], GKTConfig] = {}
     if "streams" in args.experiments:
         for streams, (groups, loops) in STREAMS.items():
@@ -49,9 +59,8 @@ def main() -> None:
             configs["budget", budget] = GKTConfig(budget=budget, execution=args.execution)
     rows = run(configs, args)
     print_table(rows, COLUMNS)
-    path = args.csv or RESULTS / f"scaling_{args.model}.csv"
     write_csv(path, rows)
-    plot(rows, args.model, path.with_suffix(".png"))
+    plot(path)
     print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {path}")
 
 
@@ -96,29 +105,42 @@ def run(configs: dict[tuple[str, float], GKTConfig], args: argparse.Namespace) -
     return rows
 
 
-def plot(rows: list[dict[str, object]], model: str, path: Path) -> None:
+def plot(path: Path) -> None:
     """One panel per experiment: measured and expected cost."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
     experiments = list(dict.fromkeys(row["experiment"] for row in rows))
-    figure, panels = plt.subplots(1, len(experiments), figsize=(5 * len(experiments), 3.8), squeeze=False)
-    for axes, experiment in zip(panels[0], experiments, strict=True):
-        chosen = [row for row in rows if row["experiment"] == experiment]
-        settings = [row["setting"] for row in chosen]
-        axes.plot(settings, [row["mean_ratio"] for row in chosen], "o-", label="measured (mean)")
-        axes.plot(settings, [row["expected_flops_ratio"] for row in chosen], "x--", label="expected (FLOPs)")
-        reference = "one by one, at full depth" if experiment == "streams" else "budget"
-        axes.plot(settings, settings, ":", color="gray", label=reference)
-        axes.set_xlabel("streams S" if experiment == "streams" else "budget (plain steps)")
-        axes.set_ylabel("step time (plain steps)")
-        axes.set_title(model)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with pictures.picture(path.with_suffix(".png"), (5.2 * len(experiments), 3.8)) as figure:
+        panels = figure.subplots(1, len(experiments), squeeze=False)[0]
+        for axes, experiment in zip(panels, experiments, strict=True):
+            plot_experiment(axes, experiment, [row for row in rows if row["experiment"] == experiment])
+
+
+def plot_experiment(axes: Axes, experiment: str, rows: list[dict[str, str]]) -> None:
+    streams = experiment == "streams"
+    question = "What does each further stream cost?" if streams else "Does a step keep to its budget?"
+    pictures.ask(axes, question, f"cost of a step in plain steps, {rows[0]['model']}")
+    settings = [float(row["setting"]) for row in rows]
+    from matplotlib.ticker import NullLocator
+
+    ends = []
+    for column, name, colour, line in (
+        ("mean_ratio", "measured", pictures.COLOURS["gkt"], "o-"),
+        ("expected_flops_ratio", "expected by FLOPs", pictures.COLOURS["st"], "o--"),
+        ("setting", "one by one, full depth" if streams else "the budget", pictures.QUIET, ":"),
+    ):
+        values = [float(row[column]) for row in rows]
+        axes.plot(settings, values, line, color=colour)
+        ends.append((name, settings[-1], values[-1], colour))
+    axes.set_xlabel("streams" if streams else "budget, plain steps")
+    if streams:
+        axes.set_yscale("log")
+        axes.set_yticks([1, 1.5, 2, 3, 5, 8, 12])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(y=0.1)
+    axes.set_xlim(right=settings[-1] + 0.42 * (settings[-1] - settings[0]))
+    pictures.name_lines(axes, ends)
 
 
 if __name__ == "__main__":

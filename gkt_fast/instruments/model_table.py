@@ -9,8 +9,8 @@ from gkt_fast import GKT, GKTConfig, Stage
 
 from .zoo import ZooModel
 
-DOCUMENTS = {"docs/guide/models.md": False, "README.md": True}
-"""Where tables stand, and whether they hold the headlines only."""
+DOCUMENT = "docs/guide/models.md"
+"""Where the table stands."""
 COMMAND = "python bench/model_table.py --update"
 COLUMNS = ("model", "blocks found in", "depths", "of these, kept always", "modes", "one by one", "shared")
 

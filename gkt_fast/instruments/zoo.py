@@ -32,7 +32,6 @@ class ZooModel:
         found: the small network's stages: one letter per block, x: can be dropped, .: can't.
         pixels: height and width of the images of `build`'s network.
         small_pixels: height and width of the images of the small one.
-        headline: whether the README's table shows it.
     """
 
     library: str
@@ -42,7 +41,6 @@ class ZooModel:
     found: str
     pixels: int = 224
     small_pixels: int = 16
-    headline: bool = False
 
     def __str__(self) -> str:
         return f"{self.library}-{self.name}"
@@ -243,9 +241,7 @@ _EFFICIENTNET_V2 = _small_timm_efficientnet(
 
 ZOO = [
     _torchvision("resnet18", _small_resnet("BasicBlock", [2, 2, 1, 1]), ".x .x"),
-    _torchvision(
-        "resnet50", _small_resnet("Bottleneck", [2, 3, 1, 1], width_per_group=64), ".x .xx", headline=True
-    ),
+    _torchvision("resnet50", _small_resnet("Bottleneck", [2, 3, 1, 1], width_per_group=64), ".x .xx"),
     _torchvision(
         "resnext50_32x4d", _small_resnet("Bottleneck", [2, 3, 1, 1], groups=2, width_per_group=32), ".x .xx"
     ),
@@ -256,41 +252,39 @@ ZOO = [
         small_pixels=32,
     ),
     _torchvision("regnet_x_400mf", lambda: _small_torchvision_regnet(None), ".xx .x", small_pixels=32),
-    _torchvision(
-        "regnet_y_400mf", lambda: _small_torchvision_regnet(0.25), ".xx .x", small_pixels=32, headline=True
-    ),
-    _torchvision("mobilenet_v2", _small_mobilenet_v2, "x .x .xx", small_pixels=32, headline=True),
+    _torchvision("regnet_y_400mf", lambda: _small_torchvision_regnet(0.25), ".xx .x", small_pixels=32),
+    _torchvision("mobilenet_v2", _small_mobilenet_v2, "x .x .xx", small_pixels=32),
     _torchvision("mobilenet_v3_small", _small_mobilenet_v3, ".xx", small_pixels=32),
     _torchvision("mobilenet_v3_large", _small_mobilenet_v3, ".xx", small_pixels=32),
-    _torchvision("efficientnet_b0", _small_efficientnet, "xx .xx .x", headline=True),
+    _torchvision("efficientnet_b0", _small_efficientnet, "xx .xx .x"),
     _torchvision("efficientnet_v2_s", _small_efficientnet, "xx .xx .x"),
-    _torchvision("convnext_tiny", _small_convnext, "xxx xx", headline=True),
+    _torchvision("convnext_tiny", _small_convnext, "xxx xx"),
     _torchvision("vit_b_16", _small_vision_transformer, "xxxx"),
-    _torchvision("swin_t", _small_torchvision_swin("SwinTransformerBlock"), "xx xx", headline=True),
+    _torchvision("swin_t", _small_torchvision_swin("SwinTransformerBlock"), "xx xx"),
     _torchvision("swin_v2_t", _small_torchvision_swin("SwinTransformerBlockV2"), "xx xx"),
     _timm("resnet18", _NARROW, ".x .xx"),
     _timm("resnet26d", _NARROW, ".x .xx"),
     _timm("resnet50d", _NARROW, ".x .xx"),
-    _timm("seresnet50", _NARROW, ".x .xx", headline=True),
+    _timm("seresnet50", _NARROW, ".x .xx"),
     _timm("ecaresnet50d", _NARROW, ".x .xx"),
-    _timm("resnetv2_50", _NARROW_V2, ".x .x", headline=True),
+    _timm("resnetv2_50", _NARROW_V2, ".x .x"),
     _timm("resnetv2_50d_gn", _small_group_norm_resnet, ".x .x"),
     _timm("regnetx_004", _small_timm_regnet(0.0), ".xx"),
     _timm("regnety_004", _small_timm_regnet(0.25), ".xx"),
     _timm("mobilenetv3_small_100", _MOBILENET_V3, "x .x .xx", small_pixels=32),
-    _timm("mobilenetv3_large_100", _MOBILENET_V3, "x .x .xx", small_pixels=32, headline=True),
+    _timm("mobilenetv3_large_100", _MOBILENET_V3, "x .x .xx", small_pixels=32),
     _timm("efficientnet_b0", _EFFICIENTNET, "x .xx .x", small_pixels=32),
     _timm("tf_efficientnetv2_s", _EFFICIENTNET_V2, "xx .xx .x", small_pixels=32),
     _timm("convnext_atto", _NARROW_STAGES, "xx x xxx x", small_pixels=32),
-    _timm("convnextv2_atto", _NARROW_STAGES, "xx x xxx x", small_pixels=32, headline=True),
-    _timm("vit_tiny_patch16_224", _SMALL_VIT, "xxxx", headline=True),
+    _timm("convnextv2_atto", _NARROW_STAGES, "xx x xxx x", small_pixels=32),
+    _timm("vit_tiny_patch16_224", _SMALL_VIT, "xxxx"),
     _timm("deit_tiny_patch16_224", _SMALL_VIT, "xxxx"),
     _timm("deit3_small_patch16_224", _SMALL_VIT, "xxxx"),
     _timm("swin_tiny_patch4_window7_224", _SMALL_SWIN, "xx xx"),
     _timm("swinv2_tiny_window8_256", _SMALL_SWIN, "xx xx", pixels=256),
-    _timm("mixer_s32_224", _small_mixer, "xxx", headline=True),
-    _timm("poolformer_s12", _small_poolformer, "xx x xxx x", small_pixels=32, headline=True),
-    _transformers("ViTForImageClassification", _SMALL_TRANSFORMERS_VIT, "xxxx", headline=True),
+    _timm("mixer_s32_224", _small_mixer, "xxx"),
+    _timm("poolformer_s12", _small_poolformer, "xx x xxx x", small_pixels=32),
+    _transformers("ViTForImageClassification", _SMALL_TRANSFORMERS_VIT, "xxxx"),
     _transformers(
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 3], "layer_type": "basic"},
@@ -303,7 +297,6 @@ ZOO = [
         {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2},
         "xx xx",
         small_pixels=32,
-        headline=True,
     ),
     _transformers(
         "RegNetForImageClassification",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,10 +31,38 @@ def test_links(page: Path) -> None:
         if target.startswith(("https://", "mailto:")):
             continue
         path, _, anchor = target.partition("#")
+        anchor = "" if anchor in ("only-light", "only-dark") else anchor  # a picture for one kind of page
         file = (page.parent / path).resolve() if path else page
         if not file.exists() or not file.is_relative_to(ROOT) or (anchor and anchor not in anchors(file)):
             broken.append(target)
     assert not broken
+
+
+def sentences() -> str:
+    """All texts of the package, with what is filled in left out."""
+    found = []
+    for path in (ROOT / "gkt_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_messages_that_troubleshooting_explains_are_raised_or_logged() -> None:
+    page = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 15
+    texts = sentences()
+    assert [message for message in messages if message not in texts] == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 160
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_what_pages_name_exists() -> None:

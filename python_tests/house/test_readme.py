@@ -1,4 +1,4 @@
-"""What README.md tells readers to do works: its Python blocks, its commands, its links.
+"""What the first pages tell readers to do works: README.md, docs/get-started and what once stood in the README.
 
 Python blocks are executed, each in a namespace of its own that knows only `train_loader` and `val_loader`, the reader's
 data. Commands that install or run everything are checked to name what exists; all others are executed with their
@@ -21,7 +21,14 @@ from helpers.documents import ROOT, Block, Command, extras, fenced_blocks, make_
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/get-started/*.md")),
+    *(ROOT / "docs" / "guide" / f"{name}.md" for name in ("training", "distributed", "dense-prediction")),
+    ROOT / "docs" / "measurements" / "speed.md",
+    ROOT / "docs" / "measurements" / "accuracy.md",
+]
+"""Whose blocks and commands are run."""
 PYTHON = ("python", "py")
 SHELL = ("sh", "bash", "shell", "console")
 SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid", "diff")
@@ -32,7 +39,9 @@ SMALL = {
     "gkt_fast selfcheck": "--device cpu",
     "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "gkt_fast plot": "-o {tmp}/plot.png",
-    "gkt_fast subnets": "--max-subnets 2 --train-images 60 --device cpu",
+    "gkt_fast subnets": "--max-subnets 2 --device cpu",
+    "gkt_fast elastic": "--max-depths 2 --device cpu",
+    "gkt_fast predict": "",
     "bench/throughput.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --modes shared stacked "
     "--csv {tmp}/throughput.csv",
     "bench/scaling.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/scaling.csv",
@@ -126,15 +135,39 @@ def readers_runs(arguments: list[str], folder: Path) -> None:
 
 def readers_checkpoint(arguments: list[str], folder: Path) -> None:
     """Trains what the command's checkpoint is to be, in the folder that the command names."""
-    if arguments[:3] == ["-m", "gkt_fast", "subnets"]:
-        run = Path(arguments[3])
-        flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu"]
-        output = ["--output", str(run.parent), "--experiment", run.name]
-        subprocess.run([sys.executable, "-m", "gkt_fast", "train", *flags, *output], cwd=folder, check=True)
+    if arguments[:2] == ["-m", "gkt_fast"] and arguments[2] in ("subnets", "elastic"):
+        train_small(folder / arguments[3])
+    if arguments[:3] == ["-m", "gkt_fast", "predict"]:
+        train_small(folder / "runs" / "small")
+        run_gkt(
+            "elastic", "runs/small", "-o", arguments[3], *SMALL["gkt_fast elastic"].split(), folder=folder
+        )
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / arguments[4])
+
+
+def train_small(run: Path) -> None:
+    flags = [
+        "--epochs",
+        "1",
+        "--train-images",
+        "60",
+        "-b",
+        "20",
+        "--device",
+        "cpu",
+        "--model",
+        "cifar_resnet14",
+    ]
+    run_gkt("train", *flags, "--output", str(run.parent), "--experiment", run.name, folder=run.parents[1])
+
+
+def run_gkt(*arguments: str, folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "gkt_fast", *arguments], cwd=folder, check=True)
 
 
 def execute_command(command: Command, folder: Path) -> str:
-    """Runs a command of the README, small; returns what it prints, "" where it is not for a test to run."""
+    """Runs a command, small; returns what it prints, "" where it is not for a test to run."""
     arguments = arguments_of(command)
     if arguments is None:
         return ""
@@ -149,13 +182,13 @@ def execute_command(command: Command, folder: Path) -> str:
     return result.stdout
 
 
-def execute_block(block: Block) -> dict[str, object]:
+def execute_block(block: Block, page: str = "README.md") -> dict[str, object]:
     """Executes a Python block; returns its namespace."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
     loaders = {"train_loader": DataLoader(data, 8, shuffle=True), "val_loader": DataLoader(data, 8)}
     namespace: dict[str, object] = {"__name__": "__main__", **loaders}
-    exec(compile("\n" * (block.line - 1) + block.text, "README.md", "exec"), namespace)
+    exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), namespace)
     return namespace
 
 
@@ -165,7 +198,7 @@ def broken_links(path: Path, text: str) -> list[str]:
     headings = re.findall(r"^#+ +(.*)", prose, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     prose = re.sub(r"`[^`\n]*`", "", prose)
-    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:src|srcset|href)="([^"]+)"', prose)
     targets += re.findall(r"^\[[^\]]+\]: +(\S+)", prose, re.MULTILINE)
     broken = []
     for target in targets:
@@ -177,32 +210,44 @@ def broken_links(path: Path, text: str) -> list[str]:
     return broken
 
 
-BLOCKS = fenced_blocks(README)
-COMMANDS = [command for block in BLOCKS if block.language in SHELL for command in shell_commands(block)]
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), block) for page in PAGES for block in fenced_blocks(page.read_text())
+]
+COMMANDS = {
+    (command.words, command.variables): pytest.param(command, id=f"{page}:{command.line}: {command}")
+    for page, block in reversed(BLOCKS)
+    if block.language in SHELL
+    for command in shell_commands(block)
+}
+"""Each once, where it stands first."""
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block.language in PYTHON], ids=lambda block: f"line {block.line}"
+    "page, block",
+    [
+        pytest.param(page, block, id=f"{page}:{block.line}")
+        for page, block in BLOCKS
+        if block.language in PYTHON
+    ],
 )
-def test_python_block(block, tmp_path, monkeypatch):
+def test_python_block(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    execute_block(block)
+    execute_block(block, page)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"line {command.line}: {command}")
+@pytest.mark.parametrize("command", COMMANDS.values())
 def test_command(command, tmp_path):
     execute_command(command, tmp_path)
 
 
 def test_blocks_are_of_known_languages():
     """A misspelt language would take a block out of the tests."""
-    assert {block.language for block in BLOCKS} <= {*PYTHON, *SHELL, *SHOWN}
+    assert {block.language for _, block in BLOCKS} <= {*PYTHON, *SHELL, *SHOWN}
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")], ids=lambda path: path.name
-)
-def test_relative_links_lead_somewhere(path):
+def test_relative_links_lead_somewhere():
+    """Also those in HTML, which test_docs.py doesn't see."""
+    path = ROOT / "README.md"
     assert broken_links(path, path.read_text()) == []
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from gkt_fast import GKT, GKTConfig, Stage, fuse_blocks
 from gkt_fast.execution import StackingError
-from gkt_fast.instruments.model_table import COMMAND, DOCUMENTS, containers, row, table
+from gkt_fast.instruments.model_table import COMMAND, DOCUMENT, containers, row, table
 from gkt_fast.instruments.tables import marked, replace_marked
 from gkt_fast.instruments.zoo import CLASSES, ZOO, ZooModel
 from gkt_fast.network.discovery import find_stages
@@ -131,15 +131,13 @@ def cached_row(zoo_model: ZooModel) -> str:
 @pytest.mark.parametrize("zoo_model", ZOO, ids=str)
 def test_row_of_the_table(zoo_model):
     """`python bench/model_table.py --update` writes the rows anew."""
-    for name, headlines_only in DOCUMENTS.items():
-        lines = marked((ROOT / name).read_text(), COMMAND).splitlines()
-        assert lines.count(cached_row(zoo_model)) == int(zoo_model.headline or not headlines_only), name
+    lines = marked((ROOT / DOCUMENT).read_text(), COMMAND).splitlines()
+    assert lines.count(cached_row(zoo_model)) == 1
 
 
-@pytest.mark.parametrize("name, headlines_only", DOCUMENTS.items())
-def test_the_tables_hold_no_other_rows(name, headlines_only):
-    rows = [cached_row(zoo_model) for zoo_model in ZOO if zoo_model.headline or not headlines_only]
-    text = (ROOT / name).read_text()
+def test_the_table_holds_no_other_rows():
+    rows = [cached_row(zoo_model) for zoo_model in ZOO]
+    text = (ROOT / DOCUMENT).read_text()
     assert marked(text, COMMAND) == table(rows)
     assert marked(replace_marked(text, COMMAND, "| other |\n"), COMMAND) == "| other |\n"
     with pytest.raises(ValueError, match="no table between"):
