@@ -41,7 +41,7 @@ def plot(
     with pictures.picture(path.with_suffix(".png"), (7.6, 3.8)) as figure:
         axes = figure.subplots()
         pictures.ask(axes, question, remark)
-        axes.axhline(1, color=pictures.QUIET, linewidth=1)
+        axes.plot([-0.2, len(shapes) - 1], [1, 1], color=pictures.QUIET, linewidth=1)
         ends = [(baseline, len(shapes) - 1, 1.0, pictures.QUIET)]
         for provider in providers:
             factors = {row["shape"]: float(row[column]) for row in rows if row["provider"] == provider}
