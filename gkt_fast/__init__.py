@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .deployment.subnet_report import plot_subnets, write_subnets_csv
     from .deployment.subnet_table import SubnetResult, best_subnet, evaluate_subnets, pareto_front
     from .deployment.survival import survival_scaling
+    from .execution.memory import GroupKnowledgeMemory
     from .gkt import GKT, GKTOutput
     from .losses import GroupKnowledgeLoss, NormalizedCrossEntropy
     from .methods import METHODS, method_config
@@ -57,6 +58,7 @@ _NAMES = {
     "deployment.subnet_report": ("plot_subnets", "write_subnets_csv"),
     "deployment.subnet_table": ("SubnetResult", "best_subnet", "evaluate_subnets", "pareto_front"),
     "deployment.survival": ("survival_scaling",),
+    "execution.memory": ("GroupKnowledgeMemory",),
     "gkt": ("GKT", "GKTOutput"),
     "losses": ("GroupKnowledgeLoss", "NormalizedCrossEntropy"),
     "methods": ("METHODS", "method_config"),
@@ -103,6 +105,7 @@ __all__ = [
     "GKTOutput",
     "GKTTrainer",
     "GroupKnowledgeLoss",
+    "GroupKnowledgeMemory",
     "Latency",
     "LinearWarmup",
     "NonFiniteLossError",

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BATCH_NORM_POLICIES", "DISTILLATIONS", "EXECUTIONS", "GKTConfig", "current_policy"]
+__all__ = [
+    "BATCH_NORM_POLICIES",
+    "CHAINS",
+    "DISTILLATIONS",
+    "EXECUTIONS",
+    "KNOWLEDGE",
+    "GKTConfig",
+    "current_policy",
+]
 
 EXECUTIONS = (
     "auto",
@@ -22,6 +30,8 @@ EXECUTIONS = (
 """What `execution` may be: "auto", or a file of that name in gkt_fast/execution."""
 
 DISTILLATIONS = ("softmax", "sigmoid")
+CHAINS = ("step", "steps")
+KNOWLEDGE = ("batch", "dataset")
 BATCH_NORM_POLICIES = ("full", "all_streams")
 """What `batch_norm` may be."""
 
@@ -38,10 +48,16 @@ class GKTConfig:
     Args:
         groups: number of nested levels below the full network, G >= 0. 0 is plain training.
         loops: number of chains full -> group 1 -> ... -> group G in a step, L >= 1 (reconstructed).
+        chain: `step`: a step runs whole chains. `steps`: a step runs the full network and one subnet, and G steps walk
+            down one chain; needs loops=1.
+        knowledge: `batch`: a group knows its logits of this step. `dataset`: what it knows of every training sample
+            outlives the step (`GroupKnowledgeMemory`); samples need indices, and groups >= 2. A sample that the group
+            above has not seen yet is taught by the full network.
         decay: beta in (0, 1] of the sampler `inherit_decay`: each block fewer than the parent's multiplies the
             probability by beta (reconstructed).
         min_depth: fewest blocks an ordered subnet keeps in a stage; one number, or one per stage.
-        ema: weight of a group's earlier knowledge when a further loop visits it, in [0, 1] (reconstructed).
+        ema: weight of a group's earlier knowledge when a further loop visits it, or with knowledge="dataset" a
+            further loop or step, in [0, 1] (reconstructed).
         temperature: of the soft labels, > 0.
         normalize_logits: distil standardised logits (each sample's logits with zero mean, unit variance).
         ce_weight: weight of the full network's cross entropy.
@@ -108,6 +124,8 @@ class GKTConfig:
     ignore_index: int = -100
     distill_ignored: bool = True
     seed: int = 0
+    chain: str = "step"
+    knowledge: str = "batch"
 
     def __post_init__(self) -> None:
         for name, least in (("groups", 0), ("loops", 1), ("ignore_index", None), ("seed", None)):
@@ -131,7 +149,10 @@ class GKTConfig:
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_POLICIES)
         _check_choice("execution", self.execution, EXECUTIONS)
         _check_choice("distillation", self.distillation, DISTILLATIONS)
+        _check_choice("chain", self.chain, CHAINS)
+        _check_choice("knowledge", self.knowledge, KNOWLEDGE)
         object.__setattr__(self, "min_depth", _depths("min_depth", self.min_depth))
+        self._check_chain()
         self._check_subnets()
         self._check_subnet_alone()
         self._check_subnet_resolution()
@@ -141,6 +162,17 @@ class GKTConfig:
         vars(self).update(state)
         if self.batch_norm == _OLD_POLICY:
             vars(self)["batch_norm"] = _NEW_POLICY
+
+    def _check_chain(self) -> None:
+        if self.chain == "steps" and self.loops != 1:
+            raise ValueError(
+                f"loops is {self.loops} with chain='steps', where a step runs one subnet of the chain; it must be 1"
+            )
+        if self.knowledge == "dataset" and self.groups < 2:
+            raise ValueError(
+                f"groups is {self.groups} with knowledge='dataset', which keeps what group 1 and the further ones but "
+                "the last know; it must be at least 2"
+            )
 
     def _check_subnet_alone(self) -> None:
         if self.train_full:
@@ -201,9 +233,14 @@ class GKTConfig:
         object.__setattr__(self, "subnets", subnets)
 
     @property
+    def step_groups(self) -> int:
+        """Groups that each loop of one step visits: all, or one with chain="steps"."""
+        return min(self.groups, 1) if self.chain == "steps" else self.groups
+
+    @property
     def streams(self) -> int:
-        """S = 1 + loops * groups; 1 where the full network is not trained."""
-        return 1 + self.loops * self.groups if self.train_full else 1
+        """S = 1 + loops * groups, with chain="steps" 2; 1 where there are no subnets, or nothing else."""
+        return 1 + self.loops * self.step_groups if self.train_full else 1
 
     def subnet_rows(self, batch: int) -> int:
         """How many rows of a batch subnets see: min(B, max(2, ceil(subnet_share * B)))."""

@@ -1,4 +1,4 @@
-"""The data sets that the command line and the examples know by name."""
+"""The data sets that the command line and the examples know by name, and data sets whose samples tell their places."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-__all__ = ["Data", "digits", "load_data", "load_image"]
+from .network.batch import IndexedSample
+from .training.indexed import Indexed
+
+__all__ = ["Data", "Indexed", "IndexedSample", "digits", "load_data", "load_image"]
 
 
 @dataclass(frozen=True)

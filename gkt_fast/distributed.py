@@ -24,6 +24,7 @@ __all__ = [
     "any_rank",
     "average_batch_norm",
     "gather",
+    "gather_rows",
     "is_distributed",
     "is_sharded",
     "parallelize",
@@ -173,6 +174,20 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in order of ranks, which may have unequal numbers of them. Collective; the host waits."""
+    if not is_distributed():
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.full_like(counts[0], len(tensor)))
+    numbers = torch.cat(counts).tolist()
+    padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
 
 
 def agree(what: str, value: Any) -> None:

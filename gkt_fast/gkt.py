@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .batch_norm.fusion import fuse_blocks
 from .config import GKTConfig
-from .execution import Choice, choose_execution, explain_step
+from .execution import Choice, GroupKnowledgeMemory, check_remembered, choose_execution, explain_step
 from .network.discovery import Stages, as_stages
 from .network.inputs import call_model, map_tensors, model_inputs, rows_in
 from .network.network import Network
 from .network.wrappers import check_called_as_written, check_not_compiled, check_not_wrapped
+from .ops import Past
 from .subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
 from .subnets.plan import Cost, Layer, make_plan
 from .subnets.sampling import check_sampling, sample_resolutions, sample_subnets
-from .subnets.streams import Streams, make_streams
+from .subnets.streams import Streams, first_group, make_streams
 from .subnets.subnet import Stage, Subnet
 
 __all__ = ["GKT", "GKTOutput"]
@@ -94,6 +96,30 @@ class GKT(nn.Module):
         self.next_step = 0
         self._network = Network(model, stages)
         self._within_budget: GKTConfig | None = None
+        self._memory: GroupKnowledgeMemory | None = None
+
+    @property
+    def memory(self) -> GroupKnowledgeMemory | None:
+        """What groups know of every training sample, with knowledge="dataset"; attach it before the first step.
+
+        It isn't part of the state_dict. Setting it raises ValueError where it doesn't fit the configuration.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: GroupKnowledgeMemory | None) -> None:
+        if memory is not None:
+            if not isinstance(memory, GroupKnowledgeMemory):
+                raise TypeError(f"memory is {type(memory).__name__}; it must be a GroupKnowledgeMemory")
+            if self.config.knowledge != "dataset":
+                raise ValueError(
+                    f"memory is given and knowledge is {self.config.knowledge!r}; it must be 'dataset'"
+                )
+            if memory.groups != self.config.groups:
+                raise ValueError(
+                    f"memory has groups={memory.groups}; the configuration has {self.config.groups}"
+                )
+        self._memory = memory
 
     @property
     def network(self) -> Network:
@@ -135,6 +161,7 @@ class GKT(nn.Module):
         step: int | None = None,
         loss_scale: float | Tensor | None = None,
         kd_weight: float | None = None,
+        indices: Tensor | None = None,
     ) -> GKTOutput | Any:
         """Runs the full network and the step's subnets.
 
@@ -149,11 +176,13 @@ class GKT(nn.Module):
             loss_scale: factor on losses that are differentiated inside the forward (modes `sequential` and `lean`),
                 so that float16 gradients don't underflow; the gradients delivered are not scaled by it.
             kd_weight: weight of the distillation terms in this call; None: the configuration's.
+            indices: (B,) int64, the samples' places in the data set, for knowledge="dataset" (see
+                `GroupKnowledgeMemory`). In evaluation mode the memory is only read, and may be left out.
 
         Raises:
             ValueError, TypeError: targets don't fit the logits (see `group_knowledge_loss`), step is not an
-                integer, the batch has no rows, the model returns no logits, skips blocks by itself or is compiled as a
-                whole, or this is compiled or a copy made by DataParallel.
+                integer, the batch has no rows, indices don't fit, the model returns no logits, skips blocks by itself
+                or is compiled as a whole, or this is compiled or a copy made by DataParallel.
         """
         check_called_as_written(self)
         inputs = model_inputs(self.model, inputs)
@@ -169,9 +198,9 @@ class GKT(nn.Module):
         if torch.is_inference_mode_enabled():  # tensors without version counters can't be shared safely
             with torch.inference_mode(False), torch.no_grad():
                 inputs, targets = map_tensors(torch.clone, (inputs, targets))
-                output = self._run_step(inputs, targets, step, loss_scale, kd_weight)
+                output = self._run_step(inputs, targets, step, loss_scale, kd_weight, indices)
         else:
-            output = self._run_step(inputs, targets, step, loss_scale, kd_weight)
+            output = self._run_step(inputs, targets, step, loss_scale, kd_weight, indices)
         if self.training:
             self.next_step = step + 1
         return output
@@ -183,19 +212,39 @@ class GKT(nn.Module):
         step: int,
         loss_scale: float | Tensor | None,
         kd_weight: float | None,
+        indices: Tensor | None,
     ) -> GKTOutput:
         network = self.network
         with network.seeing(inputs):
             subnets = self.sample(step)
             streams = self._streams(subnets, step, kd_weight)
+            streams = replace(streams, past=self._past(streams, inputs, targets, indices))
             result = choose_execution(network, streams).run(network, inputs, targets, streams, loss_scale)
         _check_classes(result.logits, streams)
+        if streams.past is not None and self.training:
+            self.memory.write(indices, result.learnt)
         return GKTOutput(result.loss, result.terms[0], result.terms[1:], result.logits, subnets)
+
+    def _past(
+        self, streams: Streams, inputs: tuple[Any, ...], targets: Any, indices: Tensor | None
+    ) -> Mapping[int, Past | None] | None:
+        """What groups know of the batch's samples; None: knowledge doesn't outlive the step."""
+        config, memory = self.config, self.memory
+        if config.knowledge == "batch":
+            if indices is not None:
+                self.network.tell_once(
+                    "indices are given and knowledge is 'batch', which makes no use of them", logging.WARNING
+                )
+            return None
+        rows, training = rows_in(inputs), self.training
+        check_remembered(memory, indices, targets, rows=rows, groups=config.groups, training=training)
+        return {} if memory is None or indices is None else memory.read(indices, streams)
 
     def _streams(self, subnets: Sequence[Subnet], step: int, kd_weight: float | None = None) -> Streams:
         config = self.config if kd_weight is None else self.config.replace(kd_weight=kd_weight)
         resolutions = sample_resolutions(config, step)
-        return make_streams(subnets, self.stages, config, resolutions, self.criterion)
+        group = first_group(config, step)
+        return make_streams(subnets, self.stages, config, resolutions, self.criterion, group)
 
     def explain(self, step: int = 0) -> str:
         """A step as text: subnets, states per layer, cost, activations kept for backward, the mode that runs and why.
@@ -206,7 +255,8 @@ class GKT(nn.Module):
         subnets = self.sample(step)
         streams = self._streams(subnets, step)
         self.layers()
-        return explain_step(self.network, streams, subnets, step, self.expected_cost(), self._choice(step))
+        choice = self._choice(step)
+        return explain_step(self.network, streams, subnets, step, self.expected_cost(), choice, self.memory)
 
     def _choice(self, step: int = 0) -> Choice:
         """How a step runs: the mode, the reason, and what runs it."""
@@ -267,7 +317,7 @@ class GKT(nn.Module):
             self._within_budget = self.config.replace(min_depth=tuple(min_depth), budget=None)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        super().__setstate__({"criterion": None} | _since_0_2(state))
+        super().__setstate__({"criterion": None, "_memory": None} | _since_0_2(state))
 
     def extra_repr(self) -> str:
         depths = "-".join(str(stage.depth) for stage in self.stages)

@@ -40,6 +40,8 @@ WRONG_VALUES = [
     ("budget", math.nan, "must be in"),
     ("execution", "fast", "one of auto, sequential, shared"),
     ("distillation", "tanh", "one of softmax, sigmoid"),
+    ("chain", "epoch", "one of step, steps"),
+    ("knowledge", "sample", "one of batch, dataset"),
     *((name, math.nan, "must be in") for name in NUMBERS),
 ]  # fmt: skip
 
@@ -108,6 +110,24 @@ def test_every_field_is_checked():
 def test_fixed_subnets(changes, error, message):
     with pytest.raises(error, match=message):
         GKTConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"chain": "steps", "loops": 2}, "loops is 2 with chain='steps'.*must be 1"),
+        ({"knowledge": "dataset", "groups": 1}, "groups is 1 with knowledge='dataset'.*must be at least 2"),
+    ],
+)
+def test_chains_over_steps_and_knowledge_by_sample(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GKTConfig(**changes)
+
+
+def test_streams_of_a_step():
+    assert GKTConfig(groups=3, loops=2).streams == 7
+    assert GKTConfig(groups=3, chain="steps").streams == 2
+    assert GKTConfig(groups=0, chain="steps").streams == 1
 
 
 def test_edges_of_the_ranges_are_allowed():

@@ -7,7 +7,15 @@ import dataclasses
 import re
 from typing import Any
 
-from ..config import BATCH_NORM_POLICIES, DISTILLATIONS, EXECUTIONS, GKTConfig, current_policy
+from ..config import (
+    BATCH_NORM_POLICIES,
+    CHAINS,
+    DISTILLATIONS,
+    EXECUTIONS,
+    KNOWLEDGE,
+    GKTConfig,
+    current_policy,
+)
 from ..subnets.sampling import SAMPLERS
 from .arguments import parse_min_depth, parse_resolution, parse_subnets
 
@@ -20,8 +28,10 @@ def add_config(group: argparse._ArgumentGroup) -> None:
     """Adds a flag of the same name for every field of GKTConfig. Without the flag the namespace has no such entry."""
     choices = {
         "batch_norm": BATCH_NORM_POLICIES,
+        "chain": CHAINS,
         "distillation": DISTILLATIONS,
         "execution": EXECUTIONS,
+        "knowledge": KNOWLEDGE,
         "sampler": [*SAMPLERS],
     }
     kinds = {"int": int, "float": float, "str": str}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from .. import models
 from ..config import GKTConfig
-from ..data import Data
+from ..data import Data, Indexed, IndexedSample
 from ..distributed import is_distributed, share, world_size
 from ..losses import NormalizedCrossEntropy
 from ..methods import method_config
@@ -159,8 +159,21 @@ def build_loggers(args: argparse.Namespace, output: Path | None) -> list[Logger]
     return loggers
 
 
-def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of the training images, of the test images, and of the training images without mixing."""
+def build_loaders(
+    args: argparse.Namespace, data: Data, config: GKTConfig
+) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Loaders of the training images, of the test images, and of the training images without mixing.
+
+    Raises:
+        ValueError: images are to be mixed, and knowledge to be kept of each by itself.
+    """
+    remembered = config.knowledge == "dataset"
+    if remembered and (args.mixup or args.cutmix):
+        raise ValueError(
+            f"mixup is {args.mixup:g} and cutmix {args.cutmix:g}; with --knowledge dataset they must be 0, since a "
+            "mixed image has no past"
+        )
+    train = Indexed(data.train) if remembered else data.train
     options = {
         "num_workers": args.workers,
         "pin_memory": args.device.startswith("cuda"),
@@ -169,11 +182,11 @@ def build_loaders(args: argparse.Namespace, data: Data) -> tuple[DataLoader, Dat
     size = min(args.batch_size, len(data.train) // world_size())  # type: ignore[arg-type]
     sampler = DistributedSampler(data.train, seed=args.seed, drop_last=True) if is_distributed() else None
     training = {**options, "shuffle": sampler is None, "sampler": sampler, "drop_last": True}
-    calibration_loader = DataLoader(data.train, size, **training)
+    calibration_loader = DataLoader(train, size, **training)
     train_loader = calibration_loader
     if args.mixup or args.cutmix or args.multi_scale:
         collate = BatchTransforms(args.mixup, args.cutmix, data.num_classes, args.multi_scale)
-        train_loader = DataLoader(data.train, size, collate_fn=collate, **training)
+        train_loader = DataLoader(train, size, collate_fn=collate, **training)
     return train_loader, DataLoader(share(data.test), max(size, 256), **options), calibration_loader
 
 
@@ -202,15 +215,15 @@ class BatchTransforms:
             choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
             self.mix = v2.RandomChoice(choices)
 
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        images, targets = default_collate(samples)
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, ...]:
+        images, targets, *indices = default_collate(samples)
         if self.mix is not None:
             images, targets = self.mix(images, targets)
         if self.sizes is not None:
             size = self.sizes[int(torch.randint(len(self.sizes), ()))]
             if images.shape[-2:] != (size, size):
                 images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        return images, targets
+        return IndexedSample(images, targets, *indices) if indices else (images, targets)
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -9,6 +9,7 @@ from ..subnets.plan import Plan, make_plan
 from ..subnets.streams import Streams
 from ..subnets.subnet import Subnet
 from .choice import Choice
+from .memory import GroupKnowledgeMemory
 
 __all__ = ["explain_step"]
 
@@ -20,6 +21,7 @@ def explain_step(
     step: int,
     expected_cost: float,
     choice: Choice,
+    memory: GroupKnowledgeMemory | None = None,
 ) -> str:
     """A step as text: subnets, states per layer, cost, activations kept for backward, the mode that runs it and why.
 
@@ -30,17 +32,30 @@ def explain_step(
         step: number of the step.
         expected_cost: of a step with this configuration on average, in plain steps.
         choice: how the step runs.
+        memory: what outlives the step; None: nothing, or nothing was attached yet.
     """
-    plan = make_plan(
-        network.layers(streams.config.independent_noise), streams.dropped, streams.config.subnet_share
+    config = streams.config
+    plan = make_plan(network.layers(config.independent_noise), streams.dropped, config.subnet_share)
+    place = (
+        f" (group {streams.first_group} of {config.groups})" if config.chain == "steps" and subnets else ""
     )
+    counted = f"{len(subnets)} subnet{'' if len(subnets) == 1 else 's'}"
     lines = [
-        f"{type(network.model).__name__}, step {step}: {len(subnets)} subnets {', '.join(map(str, subnets))}",
+        f"{type(network.model).__name__}, step {step}: {counted} {', '.join(map(str, subnets))}{place}",
         *_layer_lines(plan),
         *_cost_lines(plan, streams, expected_cost),
+        *_knowledge_lines(streams, memory),
         f"execution: {choice.mode} ({choice.reason})",
     ]
     return "\n".join(lines)
+
+
+def _knowledge_lines(streams: Streams, memory: GroupKnowledgeMemory | None) -> list[str]:
+    if streams.config.knowledge == "batch":
+        return []
+    return [
+        memory.describe(streams) if memory else "knowledge by sample: no memory is attached yet (GKT.memory)"
+    ]
 
 
 def _layer_lines(plan: Plan) -> list[str]:

@@ -78,7 +78,8 @@ def run_lean(
             states.close()
     for _, updates in sorted(zip(order, states.stream_statistics, strict=True), key=lambda pair: pair[0]):
         update_running_statistics(updates)
-    return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
+    loss = deliver(stream_loss.total(), gradients)
+    return StepResult(loss, stream_loss.terms(), stream_loss.full_logits, stream_loss.learnt())
 
 
 def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:
@@ -192,15 +193,15 @@ def stream_order(plan: Plan, config: GKTConfig) -> list[int]:
 
 
 def _is_ready(stream: int, done: Sequence[int], config: GKTConfig) -> bool:
-    loop, group = place_of(stream, config.groups)
+    loop, group = place_of(stream, config.step_groups)
     needed = []
     if group > 1:
         needed.append((loop, group - 1))
     if loop > 1:
         needed.append((loop - 1, group))
-        if group < config.groups:
+        if group < config.step_groups:
             needed.append((loop - 1, group + 1))
-    return all(stream_at(*place, config.groups) in done for place in needed)
+    return all(stream_at(*place, config.step_groups) in done for place in needed)
 
 
 def _shared_states(path: tuple[int, ...], other: tuple[int, ...]) -> int:

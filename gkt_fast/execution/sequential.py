@@ -70,7 +70,8 @@ def run_sequential(
             logits = one.logits(forward)
             with frozen_statistics(layers):  # within the interception: what is recomputed is this stream's
                 gradients.add(stream_loss(stream, logits))
-    return StepResult(deliver(stream_loss.total(), gradients), stream_loss.terms(), stream_loss.full_logits)
+    loss = deliver(stream_loss.total(), gradients)
+    return StepResult(loss, stream_loss.terms(), stream_loss.full_logits, stream_loss.learnt())
 
 
 class _WholeStream:

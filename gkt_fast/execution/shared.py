@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..batch_norm.statistics import (
@@ -19,11 +18,11 @@ from ..network.inputs import call_model
 from ..network.interception import intercept
 from ..network.network import Network
 from ..subnets.streams import Streams
-from .loss import joint_loss
 from .running_buffers import RunningBuffers
 from .share import share_of
 from .states import States
 from .step import Mode, StepResult
+from .stream_loss import step_loss
 
 __all__ = ["MODE", "run_shared"]
 
@@ -44,12 +43,10 @@ def run_shared(
         logits = _run_states(states, inputs, streams)
     for updates in states.stream_statistics:
         update_running_statistics(updates)
-    if share is None:
-        loss, terms = joint_loss(torch.stack(logits), targets, streams)
-    else:
-        loss, terms = joint_loss(torch.stack(logits[1:]), targets, streams, logits[0], share)
+    full, rest = (None, logits) if share is None else (logits[0], logits[1:])
+    loss, terms, learnt = step_loss(rest, targets, streams, full, share)
     freeze_during_backward(loss, layers)
-    return StepResult(loss, terms, logits[0].detach())
+    return StepResult(loss, terms, logits[0].detach(), learnt)
 
 
 def _run_states(states: States, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:

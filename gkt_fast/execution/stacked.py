@@ -34,11 +34,11 @@ from ..network.noise import DrawDetector, forbid_draws
 from ..network.recomputation import Regions, in_region, recomputing
 from ..subnets.plan import Layer, Plan, make_plan
 from ..subnets.streams import Streams
-from .loss import joint_loss
 from .partition import Rows, lead_and_kept
 from .share import Share, share_of
 from .stackable import RECOMPUTED, StackingError, allow_recomputation, forbid_recomputation, reason_against
 from .step import Mode, StepResult
+from .stream_loss import step_loss
 
 __all__ = ["MODE", "run_stacked"]
 
@@ -57,9 +57,9 @@ def run_stacked(
     """
     share = share_of(streams, inputs)
     logits, full = _stacked_logits(network, inputs, streams, share, watch=not network.returns)
-    loss, terms = joint_loss(logits, targets, streams, full, share)
+    loss, terms, learnt = step_loss(logits, targets, streams, full, share)
     forbid_recomputation(network.model, loss)
-    return StepResult(loss, terms, (logits[0] if full is None else full).detach())
+    return StepResult(loss, terms, (logits[0] if full is None else full).detach(), learnt)
 
 
 def _forward(network: Network, inputs: tuple[Any, ...], streams: Streams) -> list[Tensor]:

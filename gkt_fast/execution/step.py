@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +22,14 @@ class StepResult:
         loss: scalar; its backward delivers the gradients of the whole step.
         terms: (S,), detached: the full network's term of the targets, then each subnet's distillation term.
         logits: (B, C, *spatial) of the full network, detached.
+        learnt: knowledge="dataset": what each group that was visited knows now of the batch's rows, or of the first
+            ones if subnets saw no others, (rows, C), detached.
     """
 
     loss: Tensor
     terms: Tensor
     logits: Tensor
+    learnt: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 Execution = Callable[[Network, tuple[Any, ...], Tensor, Streams, "float | Tensor | None"], StepResult]

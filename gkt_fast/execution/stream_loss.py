@@ -1,7 +1,9 @@
-"""The loss of one stream at a time, for modes that run backward before the next stream."""
+"""The loss of one stream at a time: for modes that run backward before the next stream, and wherever knowledge outlives
+the step, in plain torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +12,10 @@ from torch import Tensor
 
 from ..ops import GroupKnowledge, LossOptions
 from ..subnets.streams import Streams
-from .loss import no_targets, target_loss
+from .loss import joint_loss, no_targets, target_loss
 from .share import Share
 
-__all__ = ["StreamLoss"]
+__all__ = ["StreamLoss", "step_loss"]
 
 
 class StreamLoss:
@@ -29,7 +31,10 @@ class StreamLoss:
         self.streams = streams
         self.targets = targets
         self._share = share
-        self._knowledge = GroupKnowledge(options=LossOptions.from_config(streams.config))
+        past = streams.past
+        if past is None and streams.config.chain == "steps":
+            past = {}  # no subnet of the group above runs on this batch
+        self._knowledge = GroupKnowledge(options=LossOptions.from_config(streams.config), past=past)
         self._terms: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         self.full_logits: Tensor | None = None
@@ -38,6 +43,7 @@ class StreamLoss:
         """The stream's weighted share of the loss, a scalar."""
         config = self.streams.config
         if stream == 0:
+            _check_samples(logits, self.streams)
             self.full_logits = logits.detach()
             self._knowledge.teach(logits if self._share is None else self._share.cut(logits))
             term = target_loss(logits, self.targets, self.streams)
@@ -66,6 +72,59 @@ class StreamLoss:
     def terms(self) -> Tensor:
         """(S,): the full network's term of the targets, then each subnet's distillation term."""
         return torch.stack([self._terms[stream] for stream in sorted(self._terms)])
+
+    def learnt(self) -> dict[int, Tensor]:
+        """What the groups that were visited know now of every row, where that outlives the step."""
+        return {} if self.streams.past is None else self._knowledge.learnt()
+
+
+def step_loss(
+    logits: Sequence[Tensor],
+    targets: Any,
+    streams: Streams,
+    full_logits: Tensor | None = None,
+    share: Share | None = None,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """The loss of all streams, whose logits are at hand together.
+
+    Args:
+        logits: by stream, (B, C, *spatial) each; with a share those of the subnets, (m, C, *spatial) each.
+        targets: as the criterion takes them.
+        streams: of the step.
+        full_logits: with a share those of the full network, (B, C, *spatial).
+        share: the rows that subnets see; None: all.
+
+    Returns:
+        The loss, a scalar, the terms (S,), detached, and what was learnt, as `StepResult` holds them.
+    """
+    if streams.past is None:
+        together = logits if isinstance(logits, Tensor) else torch.stack([*logits])
+        return *joint_loss(together, targets, streams, full_logits, share), {}
+    stream_loss = StreamLoss(streams, targets, share)
+    by_stream = [*logits] if full_logits is None else [full_logits, *logits]
+    loss = torch.stack([stream_loss(stream, z) for stream, z in enumerate(by_stream)]).sum()
+    return loss, stream_loss.terms(), stream_loss.learnt()
+
+
+def _check_samples(logits: Tensor, streams: Streams) -> None:
+    """Checks that the logits can be remembered by sample.
+
+    Raises:
+        ValueError: they are dense, or have another number of classes than what is remembered.
+    """
+    if streams.past is None:
+        return
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; knowledge='dataset' keeps (B, C), one prediction per sample. "
+            "Use knowledge='batch' for dense predictions"
+        )
+    for past in streams.past.values():
+        if past is not None and past.knowledge.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"logits have {logits.shape[1]} classes, shape {tuple(logits.shape)}; the memory of group knowledge "
+                f"has {past.knowledge.shape[1]}"
+            )
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ class Verification:
         config = self._config.replace(
             groups=max(len(runs) - 1, 1),
             loops=1,
+            chain="step",
+            knowledge="batch",
             batch_norm="full",
             sampler="uniform",
             subnets=None,

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["TARGET_KEYS", "Batch", "inputs_of", "take_apart"]
+__all__ = ["INDEX_KEY", "TARGET_KEYS", "Batch", "IndexedSample", "inputs_of", "take_apart"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 """Under which of its keys a batch that is a mapping may hold its targets."""
+
+INDEX_KEY = "sample_index"
+"""Under which of its keys a batch that is a mapping may hold its samples' places in the data set."""
+
+
+class IndexedSample(NamedTuple):
+    """A sample, or a batch of them, that tells its place in the data set.
+
+    Args:
+        inputs: what the model takes.
+        targets: what the loss takes.
+        indices: an integer; of a batch (B,) int64.
+    """
+
+    inputs: Any
+    targets: Any
+    indices: Any
 
 
 @dataclass(frozen=True)
@@ -21,14 +38,17 @@ class Batch:
     Args:
         inputs: what `GKT` takes: a tensor, a tuple or list of positional arguments, or a mapping (see `model_inputs`).
         targets: what the loss takes.
+        indices: (B,) int64, the samples' places in the data set; None: not known.
     """
 
     inputs: Any
     targets: Any
+    indices: Tensor | None = None
 
 
 def take_apart(batch: Any) -> Batch:
-    """A batch with targets: a pair (inputs, targets), or a mapping with its targets under one of `TARGET_KEYS`.
+    """A batch with targets: a pair (inputs, targets), an `IndexedSample`, or a mapping with its targets under one of
+    `TARGET_KEYS`, and indices, if any, under `INDEX_KEY`.
 
     Raises:
         TypeError: it is neither.
@@ -41,12 +61,15 @@ def take_apart(batch: Any) -> Batch:
                 f"a batch of the loader is a mapping with the keys {_listed(batch)}; one of them, and one alone, must "
                 f"be {' or '.join(map(repr, TARGET_KEYS))}"
             )
-        return Batch(_without_targets(batch), batch[keys[0]])
+        return Batch(_without_targets(batch), batch[keys[0]], batch.get(INDEX_KEY))
+    if isinstance(batch, IndexedSample):
+        return Batch(*batch)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return Batch(*batch)
     raise TypeError(
         f"a batch of the loader is {_described(batch)}; it must be a pair (inputs, targets) or a mapping with "
-        "'labels'. Several inputs of the model are ((a, b), targets)"
+        "'labels'. Several inputs of the model are ((a, b), targets); with the samples' places in the data set a batch "
+        "is a gkt_fast.data.IndexedSample"
     )
 
 
@@ -68,7 +91,7 @@ def inputs_of(batch: Any) -> Any:
 
 
 def _without_targets(batch: Mapping[Any, Any]) -> dict[Any, Any]:
-    inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    inputs = {key: value for key, value in batch.items() if key not in (*TARGET_KEYS, INDEX_KEY)}
     if not inputs:
         raise ValueError(
             f"a batch of the loader holds {_listed(batch)} alone; the model's inputs are missing"

@@ -4,6 +4,7 @@ from .ghost_batch_norm import ghost_batch_norm, ghost_batch_norm_reference
 from .group_knowledge_loss import (
     GroupKnowledge,
     LossOptions,
+    Past,
     group_knowledge_loss,
     group_knowledge_loss_reference,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "BackendError",
     "GroupKnowledge",
     "LossOptions",
+    "Past",
     "build_info",
     "explain",
     "ghost_batch_norm",

@@ -5,7 +5,8 @@ G run a layer in the same state unless their depths differ in an earlier stage, 
 
     E[states of block j in stage t] = 1 + sum_g P(some earlier stage of g - 1 and g differs) * P(depth of g in t > j).
 
-What exceeds the full network's pass is done on a share of the batch (`subnet_share`).
+With chain="steps" a step runs the full network and one of the G subnets: the mean over g, with the full network in the
+place of g - 1. What exceeds the full network's pass is done on a share of the batch (`subnet_share`).
 
 Other cases are estimated from seeded draws.
 """
@@ -30,8 +31,9 @@ ACCURACY = 0.005
 
 
 class _StageCost(NamedTuple):
-    """For a stage with a given smallest depth, one entry per group: how likely its depth equals the group's before,
-    and the expected cost of its blocks where it does not share its state."""
+    """For a stage with a given smallest depth, one entry per group: how likely its depth equals that of the network it
+    shares states with (the group's before, or with chain="steps" the full network's), and the expected cost of its
+    blocks where it does not share its state."""
 
     equal: list[float]
     blocks: list[float]
@@ -50,7 +52,7 @@ def expected_cost(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTC
         if gaps is not None:
             table = _stage_costs(stages, layers, config)
             plain = sum(layer.flops for layer in layers)
-            return _exact(minimum_depths(stages, config), table, gaps, plain, config.subnet_share)
+            return _exact(minimum_depths(stages, config), table, gaps, plain, config)
     return _estimated(stages, layers, config)
 
 
@@ -70,7 +72,7 @@ def expected_sequential_cost(stages: Sequence[Stage], layers: Sequence[Layer], c
     plain = sum(layer.flops for layer in layers)
     between = sum(layer.flops for layer in layers if not layer.is_block)
     subnets = sum(between + sum(stage.blocks[group] for stage in chosen) for group in range(config.groups))
-    return (plain + config.loops * subnets) / plain
+    return (plain + config.loops * subnets * _part_of_chain(config)) / plain
 
 
 def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GKTConfig) -> tuple[int, ...]:
@@ -100,7 +102,7 @@ def solve_min_depth(stages: Sequence[Stage], layers: Sequence[Layer], config: GK
     def exact(depths: tuple[int, ...]) -> float:
         if gaps is None:
             return _estimated(stages, layers, one_loop.replace(min_depth=depths))
-        return _exact(depths, table, gaps, plain, config.subnet_share)
+        return _exact(depths, table, gaps, plain, config)
 
     def cost(depths: tuple[int, ...], one: float) -> float:
         return (
@@ -175,20 +177,28 @@ def _stage_costs(
         of_depth = list(itertools.accumulate(costs, initial=0))
         table.append(
             {
-                least: _stage_cost(stage.depth, least, decay, of_depth, config.groups)
+                least: _stage_cost(stage.depth, least, decay, of_depth, config)
                 for least in range(stage.least_depth, stage.depth + 1)
             }
         )
     return table
 
 
-def _stage_cost(depth: int, least: int, decay: float, of_depth: Sequence[int], groups: int) -> _StageCost:
+def _part_of_chain(config: GKTConfig) -> float:
+    """How many of a chain's subnets a step runs."""
+    return config.step_groups / max(config.groups, 1)
+
+
+def _stage_cost(
+    depth: int, least: int, decay: float, of_depth: Sequence[int], config: GKTConfig
+) -> _StageCost:
     """Follows the distribution of the depth down the chain of groups."""
     step = {d: depth_probabilities(d, least, decay) for d in range(least, depth + 1)}
     distribution = {depth: 1.0}
     equal, blocks = [], []
-    for _ in range(groups):
-        equal.append(sum(p * step[d][-1] for d, p in distribution.items()))
+    for group in range(config.groups):
+        stays = sum(p * step[d][-1] for d, p in distribution.items())
+        equal.append(stays if config.chain == "step" else step[depth][-1] ** (group + 1))
         following = dict.fromkeys(range(least, depth + 1), 0.0)
         for d, p in distribution.items():
             for offset, q in enumerate(step[d]):
@@ -203,18 +213,17 @@ def _exact(
     table: Sequence[dict[int, _StageCost]],
     gaps: Sequence[int],
     plain: int,
-    share: float,
+    config: GKTConfig,
 ) -> float:
     chosen = [stage[depth] for stage, depth in zip(table, depths, strict=True)]
-    groups = len(chosen[0].equal)
     subnets = 0.0
-    for group in range(groups):
+    for group in range(config.groups):
         same = 1.0
         for stage, gap in zip(chosen, gaps[1:], strict=True):
             subnets += (1.0 - same) * stage.blocks[group]
             same *= stage.equal[group]
             subnets += (1.0 - same) * gap
-    return 1.0 + share * subnets / plain
+    return 1.0 + config.subnet_share * _part_of_chain(config) * subnets / plain
 
 
 def _estimated(

@@ -37,10 +37,12 @@ class Sampler(Protocol):
 
 
 def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> list[Subnet]:
-    """The loops * groups subnets of a step, in the order of their streams.
+    """The loops * groups subnets of a step, in the order of their streams; with chain="steps" a single one.
 
     Each loop starts at the full network; each group's subnet lies within that of the group before. The sampler
     `uniform` with groups=1 and loops=K is Stimulative Training with K subnets.
+
+    With chain="steps" step t runs the subnet of group t mod G + 1, of a chain drawn for the number t // G.
 
     Raises:
         ValueError: min_depth or the fixed subnets don't fit the stages, or the sampler is unknown.
@@ -51,7 +53,9 @@ def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> lis
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[config.sampler]
-    draw = random.Random(f"{config.seed}/{step}")
+    over_steps = config.chain == "steps" and config.groups > 0
+    number, member = divmod(step, config.groups) if over_steps else (step, 0)
+    draw = random.Random(f"{config.seed}/{number}")
     full = Subnet.full(stages)
     subnets: list[Subnet] = []
     for _ in range(config.loops):
@@ -59,7 +63,7 @@ def sample_subnets(stages: Sequence[Stage], config: GKTConfig, step: int) -> lis
         for _ in range(config.groups):
             parent = sampler(parent, stages, config, len(subnets), draw)
             subnets.append(parent)
-    return subnets
+    return subnets[member : member + 1] if over_steps else subnets
 
 
 def check_sampling(stages: Sequence[Stage], config: GKTConfig) -> None:
@@ -80,9 +84,9 @@ def sample_resolutions(config: GKTConfig, step: int) -> list[int]:
     if config.subnet_resolution is None:
         return []
     if isinstance(config.subnet_resolution, int):
-        return [config.subnet_resolution] * (config.loops * config.groups)
+        return [config.subnet_resolution] * (config.loops * config.step_groups)
     draw = random.Random(f"{config.seed}/{step}/resolution")
-    return [draw.randint(*config.subnet_resolution) for _ in range(config.loops * config.groups)]
+    return [draw.randint(*config.subnet_resolution) for _ in range(config.loops * config.step_groups)]
 
 
 def minimum_depths(stages: Sequence[Stage], config: GKTConfig) -> tuple[int, ...]:

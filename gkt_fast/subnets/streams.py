@@ -1,19 +1,20 @@
 """The streams of a step, and which loop and group each belongs to.
 
 Stream 0 is the full network's. Subnets follow loop by loop, in each loop group by group: (loop 1, group 1), ...,
-(loop 1, group G), (loop 2, group 1), ..., (loop L, group G).
+(loop 1, group G), (loop 2, group 1), ..., (loop L, group G). Where a chain goes over steps (chain="steps"), a step has
+a single subnet, of the group `first_group`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..config import GKTConfig
 from .subnet import Stage, Subnet
 
-__all__ = ["Place", "Streams", "make_streams", "place_of", "stream_at"]
+__all__ = ["Place", "Streams", "first_group", "make_streams", "place_of", "stream_at"]
 
 
 class Place(NamedTuple):
@@ -39,6 +40,11 @@ def stream_at(loop: int, group: int, groups: int) -> int:
     return 1 + (loop - 1) * groups + group - 1
 
 
+def first_group(config: GKTConfig, step: int) -> int:
+    """The group of the first subnet of a step."""
+    return step % config.groups + 1 if config.chain == "steps" and config.groups else 1
+
+
 @dataclass(frozen=True)
 class Streams:
     """The streams of a step.
@@ -49,16 +55,21 @@ class Streams:
         config: the hyper-parameters.
         resolutions: height and width that each subnet's images are resized to; empty: as they are.
         criterion: what logits lose on the targets, if that is not cross entropy.
+        first_group: of the first subnet.
+        past: knowledge="dataset": what each group knows of the batch's rows from earlier steps, as
+            `GroupKnowledge` takes it; None: knowledge is of this batch.
     """
 
     dropped: tuple[frozenset[str], ...]
     config: GKTConfig
     resolutions: tuple[int, ...] = ()
     criterion: Callable[[Any, Any], Any] | None = None
+    first_group: int = 1
+    past: Mapping[int, Any] | None = None
 
     def group(self, stream: int) -> int:
         """The group of a subnet's stream, 1 to G."""
-        return place_of(stream, self.config.groups).group
+        return self.first_group - 1 + place_of(stream, self.config.step_groups).group
 
     @property
     def all_update_statistics(self) -> bool:
@@ -72,6 +83,7 @@ def make_streams(
     config: GKTConfig,
     resolutions: Sequence[int] = (),
     criterion: Callable[[Any, Any], Any] | None = None,
+    first_group: int = 1,
 ) -> Streams:
     """The streams of a step with these subnets, led by the full network's where it is trained.
 
@@ -80,4 +92,4 @@ def make_streams(
     """
     dropped = tuple(subnet.dropped(stages) for subnet in subnets)
     full = (frozenset(),) if config.train_full else ()
-    return Streams((*full, *dropped), config, tuple(resolutions), criterion)
+    return Streams((*full, *dropped), config, tuple(resolutions), criterion, first_group)

@@ -114,7 +114,8 @@ class TrainingLoop:
         samples = 0
         for whole in batches.rest():
             batch = take_apart(whole)
-            output = self._step(batch.inputs, batch.targets, **self._update_option())
+            given = {} if batch.indices is None else {"indices": batch.indices}
+            output = self._step(batch.inputs, batch.targets, **given, **self._update_option())
             state.end_batch(output)
             self._callbacks.tell("on_step_end", output)
             samples += rows_in(batch.inputs) or 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..config import GKTConfig
 from ..distributed import reduce_min, reduce_sum, world_size
 from ..gkt import GKTOutput
+from ..subnets.streams import first_group
 
 __all__ = ["EpochMetrics"]
 
@@ -25,20 +27,28 @@ class EpochMetrics:
     """
 
     def __init__(self, config: GKTConfig, device: torch.device, skip_nonfinite: bool = False) -> None:
+        self._config = config
         self._groups = config.groups if config.train_full else 0
+        self._over_steps = config.chain == "steps" and self._groups > 0
         self._skip_nonfinite = skip_nonfinite
-        self._sums = torch.zeros(3 + self._groups, dtype=torch.float64, device=device)
-        """The last entry counts the batches."""
+        counts = self._groups if self._over_steps else 0
+        self._sums = torch.zeros(3 + self._groups + counts, dtype=torch.float64, device=device)
+        """Loss, cross entropy, a distillation term for each group, the number of batches; where a step visits one
+        group, the number of each group's batches too."""
         self._non_finite_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._non_finite_streams = torch.zeros(config.streams, dtype=torch.int64, device=device)
 
     def update(self, output: GKTOutput, step: int) -> None:
         """Adds a batch's numbers, without reading them."""
-        groups = output.kd.reshape(-1, self._groups).mean(0) if self._groups else output.kd
-        finite = torch.isfinite(output.loss)
-        values = torch.cat(
-            [torch.stack([output.loss, output.ce]), groups, torch.ones_like(output.loss)[None]]
-        )
+        finite, one = torch.isfinite(output.loss), torch.ones_like(output.loss)[None]
+        groups, counts = output.kd, one
+        if self._over_steps:
+            group = first_group(self._config, step) - 1
+            groups, visited = (F.pad(v, (group, self._groups - 1 - group)) for v in (output.kd, one))
+            counts = torch.cat([one, visited])
+        elif self._groups:
+            groups = output.kd.reshape(-1, self._groups).mean(0)
+        values = torch.cat([torch.stack([output.loss, output.ce]), groups, counts])
         self._sums += torch.where(finite, values, 0.0) if self._skip_nonfinite else values
         first = (self._non_finite_step < 0) & ~finite
         self._non_finite_step = torch.where(first, step, self._non_finite_step)
@@ -48,8 +58,10 @@ class EpochMetrics:
     def means(self) -> dict[str, float]:
         """Reads the means so far: train_loss, train_ce, and kd_group1, ... per group."""
         names = ["train_loss", "train_ce", *(f"kd_group{g + 1}" for g in range(self._groups))]
-        *sums, count = reduce_sum(self._sums).tolist()
-        return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)}
+        values = reduce_sum(self._sums).tolist()
+        sums, (count, *visits) = values[: len(names)], values[len(names) :]
+        counts = [count, count, *(visits or [count] * self._groups)]
+        return {name: value / max(count, 1) for name, value, count in zip(names, sums, counts, strict=True)}
 
     def first_non_finite(self) -> tuple[int, list[int]] | None:
         """Reads the first step whose loss was NaN or infinite and the streams whose term was; None: there was none."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..distributed import any_rank
-from ..subnets.streams import place_of
+from ..subnets.streams import first_group, place_of
 from .state import TrainingState
 
 __all__ = ["LossCheck", "NonFiniteLossError", "check_network", "non_finite_entries"]
@@ -67,7 +67,8 @@ class LossCheck:
             elif stream == 0:
                 names.append("the full network")
             else:
-                loop, group = place_of(stream, config.groups)
+                loop, group = place_of(stream, config.step_groups)
+                group += first_group(config, step) - 1
                 names.append(f"loop {loop} group {group} ({subnets[stream - 1]})")
         return f"step {step} (epoch {self._state.epoch + 1}) in {', '.join(names) or 'their sum'}"
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import GKTConfig
 from ..distributed import agree
+from ..execution import GroupKnowledgeMemory
 from ..gkt import GKT, GKTOutput
 from .batches import EpochBatches
 from .checkpoint import CheckpointError, check_model_state, load_checkpoint
+from .indexed import samples_of
 from .metrics import EpochMetrics
 from .optimization import Optimization
 from .schedules import LearningRateSchedule
@@ -30,7 +33,8 @@ class TrainingState:
     training that has state of its own becomes an attribute here and gets its lines in those methods.
 
     Attributes:
-        gkt: owns the network, what was learnt of it, and the counter of steps.
+        gkt: owns the network, what was learnt of it, the counter of steps, and what groups know of every training
+            sample (`GKT.memory`), if that outlives a step.
         optimization: owns the optimizer, its loss scaling, the gradients that wait for an optimizer step, and the
             number of steps that were taken back.
         schedule: owns the learning-rate scheduler.
@@ -76,12 +80,32 @@ class TrainingState:
         Raises:
             CheckpointError: as `load`.
             RuntimeError: the ranks stand at different steps.
+            ValueError: knowledge is to be kept by sample, and the loader's samples have no indices, or are of another
+                number than before.
         """
         self.batches.attach(loader)
+        if self.gkt.config.knowledge == "dataset":
+            self._make_memory(loader)
         if checkpoint is not None:
             self.load(checkpoint)
         agree("the step that training resumes at", self.gkt.next_step)
         self.batches.begin()
+
+    def _make_memory(self, loader: Iterable[Any]) -> None:
+        samples, memory = samples_of(loader), self.gkt.memory
+        if memory is None and samples is None:
+            raise ValueError(
+                "train_loader's samples have no indices, which knowledge='dataset' needs; its data set must be "
+                "gkt_fast.data.Indexed(dataset), or a Subset of it. If it gives batches of IndexedSample in another "
+                "way, give GKTTrainer a memory of as many samples. Iterable data sets need knowledge='batch'"
+            )
+        if memory is None:
+            self.gkt.memory = GroupKnowledgeMemory(samples, None, self.gkt.config.groups, device=self.device)
+        elif samples not in (None, memory.samples):
+            raise ValueError(
+                f"train_loader's data set has {samples} samples, and the memory of group knowledge was made for "
+                f"{memory.samples}; they must be the same ones"
+            )
 
     def end_step(self) -> None:
         """Makes the optimizer's step with the gradients at hand, and moves on what goes by steps."""
@@ -134,6 +158,7 @@ class TrainingState:
             "scaler": self.optimization.scaler.state_dict(),
             "ema": None if self.weight_average is None else self.weight_average.state_dict(),
             "gkt": self.gkt.get_extra_state(),
+            "memory": None if self.gkt.memory is None else self.gkt.memory.state_dict(),
             "config": self.gkt.config.to_dict(),
             "best_accuracy": self.best_accuracy,
             "skipped_steps": self.optimization.skipped,
@@ -145,8 +170,9 @@ class TrainingState:
         """Restores a checkpoint, which may have been written by another number of ranks.
 
         Raises:
-            CheckpointError: the file can't be read, or it is of another model, optimizer, schedule or number of
-                groups, or only one of the two has averaged weights; nothing was changed.
+            CheckpointError: the file can't be read, or it is of another model, optimizer, schedule, number of groups
+                or of training samples whose knowledge is kept, or only one of the two has averaged weights or such
+                knowledge; nothing was changed.
         """
         saved = load_checkpoint(path)
         check_model_state(self.gkt.model, saved["model"], path)
@@ -158,6 +184,10 @@ class TrainingState:
         if self.weight_average is not None:
             self.weight_average.load_state_dict(saved["ema"])
         self.gkt.set_extra_state(saved["gkt"])
+        if self.gkt.memory is not None:
+            self.gkt.memory.load_state_dict(saved["memory"])
+        elif saved.get("memory") is not None:
+            self.gkt.memory = GroupKnowledgeMemory.from_state_dict(saved["memory"], self.device)
         self.best_accuracy = saved["best_accuracy"]
         self.optimization.skipped.copy_(saved["skipped_steps"])
         self.optimization.forget_batches()
@@ -186,16 +216,19 @@ class TrainingState:
         for key, what, here in (
             ("scheduler", "a scheduler", self.schedule.scheduler is not None),
             ("ema", "averaged weights", self.weight_average is not None),
+            ("memory", "a memory of group knowledge", self.gkt.config.knowledge == "dataset"),
         ):
-            if (saved[key] is not None) != here:
+            if (saved.get(key) is not None) != here:
                 there, own = ("without", "with") if here else ("with", "without")
                 raise CheckpointError(f"{path} was written {there} {what}; this trainer is {own}")
         config = self.gkt.config
-        for name in ("groups", "train_full"):  # by these the metrics in the checkpoint are laid out
-            if saved["config"][name] != getattr(config, name):
-                raise CheckpointError(
-                    f"{path} was written with {name}={saved['config'][name]}, not {getattr(config, name)}"
-                )
+        for name in ("groups", "train_full", "chain"):  # by these the metrics in the checkpoint are laid out
+            before = saved["config"].get(name, getattr(GKTConfig, name))  # one of 0.1 lacks the newest
+            if before != getattr(config, name):
+                raise CheckpointError(f"{path} was written with {name}={before}, not {getattr(config, name)}")
+        misfit = None if self.gkt.memory is None else self.gkt.memory.misfit(saved["memory"])
+        if misfit is not None:
+            raise CheckpointError(f"{path} holds {misfit}")
 
 
 def _optimizer_by_options(saved: dict[str, Any], own: str) -> str:

@@ -20,6 +20,7 @@ from ..config import GKTConfig
 from ..deployment.evaluation import Evaluation, evaluate
 from ..deployment.survival import survival_scaling
 from ..distributed import parallelize
+from ..execution import GroupKnowledgeMemory
 from ..gkt import GKT, GKTOutput
 from ..network import compilation
 from ..network.inputs import rows_in
@@ -72,6 +73,8 @@ class GKTTrainer:
         deterministic: whether torch is told to use deterministic algorithms only, for the whole process.
         stages: see `GKT`.
         criterion: see `GKT`; moved to the device if it is a module. Evaluations report its value as their loss.
+        memory: with knowledge="dataset", where groups keep what they know of every training sample. None: `fit` makes
+            one of float16 on the device, for as many samples as the train_loader's `gkt_fast.data.Indexed` has.
         ddp_options: further arguments of DistributedDataParallel.
 
     Raises:
@@ -98,6 +101,7 @@ class GKTTrainer:
         deterministic: bool = False,
         stages: Sequence[str | Sequence[str]] | None = None,
         criterion: Callable[[Tensor, Any], Tensor] | None = None,
+        memory: GroupKnowledgeMemory | None = None,
         ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         schedule = LearningRateSchedule(scheduler, scheduler_interval)
@@ -112,6 +116,7 @@ class GKTTrainer:
             _use_deterministic_algorithms()
         self._placement.model(model)
         gkt = GKT(model, config, stages, criterion=criterion).to(self.device)
+        gkt.memory = memory
         optimization = Optimization(
             model,
             optimizer,
@@ -130,7 +135,9 @@ class GKTTrainer:
         self.kd_schedule = kd_schedule
         self._modes = modes_of(model) if model.training else []
 
-    def step(self, images: Any, targets: Tensor, *, update: bool | None = None) -> GKTOutput:
+    def step(
+        self, images: Any, targets: Tensor, *, update: bool | None = None, indices: Tensor | None = None
+    ) -> GKTOutput:
         """One training step: forward, backward, optimizer step (and scheduler step, if it goes by steps).
 
         A model in training mode stays as it is: what you put into evaluation mode within it, such as a frozen
@@ -144,6 +151,7 @@ class GKTTrainer:
             targets: class indices (B, *spatial) or probabilities (B, C, *spatial).
             update: whether the optimizer steps now; None: with every `accumulate`-th call. Under
                 DistributedDataParallel, False leaves the gradients of this call to be synchronised by a later one.
+            indices: (B,) int64, the samples' places in the data set, for knowledge="dataset".
 
         Returns:
             The same fields as `GKT`'s, detached and still on the device: reading them is what synchronises.
@@ -161,6 +169,7 @@ class GKTTrainer:
                     step=step,
                     loss_scale=optimization.loss_scale(),
                     kd_weight=None if factor is None else factor * self.config.kd_weight,
+                    indices=indices,
                 )
             last = optimization.is_last() if update is None else update
             optimization.backward(output.loss, rows_in(images) or 0)
@@ -247,8 +256,8 @@ class GKTTrainer:
         interrupted.
 
         Args:
-            train_loader: (inputs, targets) batches, or mappings with "labels" (see `gkt_fast.network.batch`); a
-                `DistributedSampler` gets its epoch set.
+            train_loader: (inputs, targets) batches, or mappings with "labels" (see `gkt_fast.network.batch`), with
+                their samples' indices for knowledge="dataset"; a `DistributedSampler` gets its epoch set.
             epochs: epochs in all, those of an earlier run that is resumed included.
             val_loader: (inputs, class indices) batches, or mappings, evaluated after every epoch; each rank's own
                 share.
@@ -268,8 +277,8 @@ class GKTTrainer:
             One dict of metrics per epoch of this call, as written to `summary.csv`.
 
         Raises:
-            ValueError: epochs, log_interval or val_depths is out of range, the train_loader is empty, or the scheduler
-                waits for a validation loss and there is no val_loader.
+            ValueError: epochs, log_interval or val_depths is out of range, the train_loader is empty or lacks indices,
+                or the scheduler waits for a validation loss and there is no val_loader.
             TypeError: a batch has another form.
             CheckpointError: the checkpoint to resume from can't be used, or one can't be written.
             DataLoadingError: a worker process of a loader died.

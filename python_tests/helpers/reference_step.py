@@ -71,6 +71,7 @@ def reference_step(
     grad_output: float = 1.0,
     skip: Callable[[], nn.Module] = Skip,
     noisy: Iterable[str] = (),
+    loss_of: Callable[[Sequence[Tensor], Tensor, GKTConfig], tuple[Tensor, Tensor]] | None = None,
 ) -> Outcome:
     """One step over the streams; `dropped`: the block paths each one drops, the full network (none) first.
 
@@ -89,7 +90,7 @@ def reference_step(
         ):
             z = model(*inputs)
         logits.append(z[:rows] if stream else z)
-    loss, terms = reference_loss(logits, targets, config)
+    loss, terms = (loss_of or reference_loss)(logits, targets, config)
     if loss.requires_grad:
         (loss * grad_output).backward()
     return outcome_of(model, inputs, loss, terms, logits[0])
@@ -192,7 +193,7 @@ def reference_loss(
             return z
         return (z - z.mean(1, keepdim=True)) / torch.sqrt(z.var(1, keepdim=True, unbiased=False) + eps)
 
-    temperature, groups = config.temperature, config.groups
+    temperature, groups = config.temperature, config.step_groups
     knowledge = {0: normalized(logits[0]).detach()}
     terms = [reference_cross_entropy(logits[0], targets, config)]
     loss = config.ce_weight * terms[0]

@@ -28,7 +28,7 @@ ROOMS = {
     "execution": ["network", "batch_norm", "ops", "subnets", "config", "distributed"],
     "gkt": ["execution", "network", "batch_norm", "subnets", "config", "ops"],
     "deployment": ["network", "batch_norm", "subnets", "config", "distributed", "pictures"],
-    "training": ["deployment", "gkt", "network", "subnets", "config", "distributed"],
+    "training": ["deployment", "gkt", "execution", "network", "subnets", "config", "distributed"],
 }
 """What a room (a folder, or a module of the root) may import of the others."""
 

@@ -48,9 +48,22 @@ def test_exact_expectation_against_independent_draws(sampler, groups, min_depth,
     assert expected_cost(STAGES, LAYERS, config) == pytest.approx(drawn_cost(config, 6000), rel=0.01)
 
 
+@pytest.mark.parametrize("sampler", ["inherit_decay", "uniform"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_expectation_of_chains_over_steps_against_independent_draws(sampler, groups):
+    config = GKTConfig(groups=groups, sampler=sampler, min_depth=(2, 1, 3), decay=0.6, chain="steps")
+    assert expected_cost(STAGES, LAYERS, config) == pytest.approx(drawn_cost(config, 6000), rel=0.01)
+    whole = expected_cost(STAGES, LAYERS, config.replace(chain="step"))
+    assert (expected_cost(STAGES, LAYERS, config) == pytest.approx(whole)) == (groups == 1)
+    depths = solve_min_depth(STAGES, LAYERS, config.replace(budget=1.25))
+    kept = config.replace(min_depth=depths)
+    assert drawn_cost(kept, 3000) <= 1.25 * 1.01
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        GKTConfig(groups=3, chain="steps", decay=0.6),
         GKTConfig(groups=3, min_depth=(2, 1, 3), decay=0.6),
         GKTConfig(groups=2, loops=2, sampler="uniform"),
         GKTConfig(groups=1, loops=2, sampler="stochastic_depth"),
@@ -77,6 +90,7 @@ def test_expectation_by_hand():
         GKTConfig(loops=2),
         GKTConfig(sampler="stochastic_depth"),
         GKTConfig(loops=3, groups=1, sampler="uniform"),
+        GKTConfig(chain="steps", sampler="stochastic_depth"),
     ],
 )
 def test_estimated_expectation_against_independent_draws(config):

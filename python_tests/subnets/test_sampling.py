@@ -115,6 +115,20 @@ def test_draws_leave_the_global_random_state_alone():
     assert random.getstate() == before
 
 
+@pytest.mark.parametrize("sampler", ["inherit_decay", "uniform", "stochastic_depth", "fixed"])
+def test_a_chain_over_steps_is_walked_one_subnet_a_step(sampler):
+    """The G steps from a multiple of G on run what a single step of that number runs."""
+    depths = ((3, 4, 5, 3), (2, 4, 3, 3), (1, 1, 3, 1))
+    fixed = {"subnets": depths} if sampler == "fixed" else {}
+    config = GKTConfig(groups=3, sampler=sampler, seed=5, **fixed)
+    for number in range(20):
+        whole = sample_subnets(STAGES, config, number)
+        over_steps = config.replace(chain="steps")
+        walked = [sample_subnets(STAGES, over_steps, 3 * number + member) for member in range(3)]
+        assert walked == [[subnet] for subnet in whole]
+    assert sample_subnets(STAGES, GKTConfig(groups=0, chain="steps"), 4) == []
+
+
 def test_no_groups():
     assert sample_subnets(STAGES, GKTConfig(groups=0), 0) == []
 

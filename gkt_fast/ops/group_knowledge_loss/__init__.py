@@ -2,11 +2,12 @@
 
 from .op import group_knowledge_loss
 from .options import LossOptions, lists_options
-from .reference import GroupKnowledge, group_knowledge_loss_reference
+from .reference import GroupKnowledge, Past, group_knowledge_loss_reference
 
 __all__ = [
     "GroupKnowledge",
     "LossOptions",
+    "Past",
     "group_knowledge_loss",
     "group_knowledge_loss_reference",
     "lists_options",

@@ -69,8 +69,9 @@ class LossOptions:
 
     @classmethod
     def from_config(cls, config: GKTConfig) -> LossOptions:
-        """The options that a configuration sets: all but `eps`."""
-        return cls(**{name: getattr(config, name) for name in _NAMES if name != "eps"})
+        """The options that a configuration sets for the loss of one step: all but `eps`."""
+        given = {name: getattr(config, name) for name in _NAMES if name != "eps"}
+        return cls(**given | {"groups": config.step_groups})
 
     def flatten(self) -> tuple[Any, ...]:
         """The values in the order of `SCHEMA`: what a torch.library op can take."""

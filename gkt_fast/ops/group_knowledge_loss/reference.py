@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +15,19 @@ from .checks import check_class_indices, check_full_logits, check_streams, check
 from .options import LossOptions, lists_options, loss_options
 from .problem import Problem
 
-__all__ = ["GroupKnowledge", "TorchBackend", "group_knowledge_loss_reference"]
+__all__ = ["GroupKnowledge", "Past", "TorchBackend", "group_knowledge_loss_reference"]
+
+
+class Past(NamedTuple):
+    """What the rows of a batch know of a group from earlier steps.
+
+    Args:
+        knowledge: (B, C), floating point, finite.
+        known: (B,) bool: the rows that know anything.
+    """
+
+    knowledge: Tensor
+    known: Tensor
 
 
 @lists_options
@@ -27,8 +42,14 @@ class GroupKnowledge:
         loss = ce_weight * knowledge.full(logits, targets)
         loss += kd_weight * knowledge.subnet(logits, targets, group=1)      # and so on, in stream order
 
+    With a past, what groups know outlives the step. A group goes on from what it knew of a row, `ema * K_g +
+    (1 - ema) * n(z)`, and where it knew nothing takes n(z) as it is; a subnet learns from the group above it as that
+    stands then, in this step's streams and before, and where that knows nothing of a row, from the full network.
+
     Args:
         options: the options of the loss; None: the defaults.
+        past: what the batch's rows know of each group from earlier steps; a group without an entry, or with None, is
+            known to no row. None: nothing outlives a step, and streams come group by group.
         fields: fields of `LossOptions` that replace those of `options`.
 
     Raises:
@@ -36,9 +57,20 @@ class GroupKnowledge:
         ValueError: an option is out of range.
     """
 
-    def __init__(self, *, options: LossOptions | None = None, **fields: int | float | bool | str) -> None:
+    def __init__(
+        self,
+        *,
+        options: LossOptions | None = None,
+        past: Mapping[int, Past | None] | None = None,
+        **fields: int | float | bool | str,
+    ) -> None:
         self.options = loss_options(options, **fields)
+        self._past = past
         self._knowledge: dict[int, Tensor] = {}
+
+    def learnt(self) -> dict[int, Tensor]:
+        """What each group that was visited knows now, detached, by group: as many rows as its subnets had."""
+        return {group: knowledge for group, knowledge in self._knowledge.items() if group}
 
     def full(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Stores the full network's knowledge and returns its cross entropy, a scalar, not weighted."""
@@ -61,11 +93,12 @@ class GroupKnowledge:
             ValueError: `group` isn't positive, nothing was stored yet for the group before it, or it was stored for
                 fewer than m of the batch.
         """
-        if group < 1 or group - 1 not in self._knowledge:
+        above = group - 1 if self._past is None else 0
+        if group < 1 or above not in self._knowledge:
             raise ValueError(
-                f"group is {group}; it must be at least 1, and a stream of group {group - 1} must come first"
+                f"group is {group}; it must be at least 1, and a stream of group {above} must come first"
             )
-        teacher = self._knowledge[group - 1]
+        teacher = self._teacher(group - 1)
         if isinstance(targets, Tensor) and targets.shape[:1] == self._knowledge[0].shape[:1]:
             targets = targets[: logits.shape[0]]
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
@@ -120,12 +153,26 @@ class GroupKnowledge:
         centered = centered - centered.mean(dim=1, keepdim=True)
         return centered * (centered.square().mean(dim=1, keepdim=True) + self.options.eps).rsqrt()
 
+    def _teacher(self, group: int) -> Tensor:
+        """What a group knows now, of every row; of rows that it doesn't know, what the full network does."""
+        if group in self._knowledge:
+            return self._knowledge[group]
+        full, past = self._knowledge[0], (self._past or {}).get(group)
+        return full if past is None else _where_known(past, past.knowledge[: len(full)].to(full), full)
+
     def _update(self, group: int, normalized: Tensor) -> None:
-        old = self._knowledge.get(group)
-        if old is None or self.options.ema == 0:
-            self._knowledge[group] = normalized
-        elif self.options.ema < 1:
-            self._knowledge[group] = self.options.ema * old + (1 - self.options.ema) * normalized
+        old, past = self._knowledge.get(group), None
+        if old is None:
+            past = (self._past or {}).get(group)
+            old = None if past is None else past.knowledge[: len(normalized)].to(normalized)
+        new = normalized if old is None else self._average(old, normalized)
+        self._knowledge[group] = new if past is None else _where_known(past, new, normalized)
+
+    def _average(self, old: Tensor, new: Tensor) -> Tensor:
+        ema = self.options.ema
+        if ema in (0, 1):  # without a trace of the other, which may not be finite
+            return old if ema else new
+        return ema * old + (1 - ema) * new
 
 
 @lists_options
@@ -192,6 +239,11 @@ class TorchBackend:
                 written.copy_(values)
         loss.copy_(results[0].detach())
         terms.copy_(results[1])
+
+
+def _where_known(past: Past, knowledge: Tensor, otherwise: Tensor) -> Tensor:
+    known = past.known[: len(knowledge)].to(knowledge.device)
+    return torch.where(known[:, None], knowledge, otherwise)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
