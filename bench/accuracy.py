@@ -34,7 +34,7 @@ from harness import RESULTS, environment, write_csv
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gkt_fast import Callback, GKTTrainer, LinearWarmup, extract_subnet, method_config
+from gkt_fast import Callback, GKTTrainer, GroupKnowledgeMemory, LinearWarmup, extract_subnet, method_config
 
 SETTING = (
     "train_images", "test_images", "image_size", "augmentation", "model", "width", "epochs", "batch_size", "lr",
@@ -126,9 +126,11 @@ def chosen_recipes(args: argparse.Namespace) -> list[str]:
     return fitting
 
 
-def augmented(data: dict[str, Images], seed: int, args: argparse.Namespace) -> DataLoader:
+def augmented(
+    data: dict[str, Images], seed: int, args: argparse.Namespace, indexed: bool = False
+) -> DataLoader:
     """Batches of the training images."""
-    return train_loader(data["train"], args.batch_size, seed, args.augmentation)
+    return train_loader(data["train"], args.batch_size, seed, args.augmentation, indexed)
 
 
 def build(recipe: Recipe, seed: int, args: argparse.Namespace) -> nn.Module:
@@ -143,6 +145,7 @@ def make_trainer(name: str, seed: int, epochs: int, args: argparse.Namespace) ->
     family, _ = family_of(args.model)
     optimizer = family.make_optimizer(model, args.lr, args.weight_decay)
     config = method_config(recipe.method, image_size=args.image_size, seed=seed, **recipe.changes)
+    remembered = config.knowledge == "dataset"
     warmup_steps = round(recipe.kd_warmup * epochs * (args.train_images // args.batch_size))
     return GKTTrainer(
         model,
@@ -152,6 +155,7 @@ def make_trainer(name: str, seed: int, epochs: int, args: argparse.Namespace) ->
         amp=None if args.precision == "fp32" else args.precision,
         channels_last=True,
         kd_schedule=LinearWarmup(warmup_steps) if warmup_steps else None,
+        memory=GroupKnowledgeMemory(args.train_images, None, config.groups) if remembered else None,
     )
 
 
@@ -165,7 +169,7 @@ def run(
         epochs = round(epochs * costs[recipe.costs_as])
     trainer = make_trainer(name, seed, epochs, args)
     folder = args.work / folder_name(run_key(name, seed, args).values())
-    loader = augmented(data, seed, args)
+    loader = augmented(data, seed, args, indexed=trainer.gkt.memory is not None)
     trainer.fit(loader, epochs=epochs, output_dir=folder, progress=False, callbacks=[CpuSeconds()])
     row = run_key(name, seed, args) | {
         "epochs_run": epochs,
@@ -233,12 +237,12 @@ def measure_costs(
     names: list[str], data: dict[str, Images], args: argparse.Namespace, steps: int = 100
 ) -> dict[str, float]:
     trainers = {name: make_trainer(name, 0, args.epochs, args) for name in dict.fromkeys(["plain", *names])}
-    images, targets = next(iter(augmented(data, 0, args)))
+    images, targets, indices = next(iter(augmented(data, 0, args, indexed=True)))
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(steps + 2):
         for name, trainer in trainers.items():
             start = time.process_time()
-            trainer.step(images, targets)
+            trainer.step(images, targets, indices=indices if trainer.gkt.memory else None)
             if repeat >= 2:
                 seconds[name].append(time.process_time() - start)
     plain = statistics.fmean(seconds["plain"])

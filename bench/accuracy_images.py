@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gkt_fast.data import IndexedSample
+
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 AUGMENTATIONS = ("shift-mirror", "randaugment")
@@ -52,19 +54,23 @@ def normalized(images: Tensor) -> Tensor:
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def train_loader(data: Images, batch_size: int, seed: int, augmentation: str) -> DataLoader:
-    """Batches in an order of their own in every epoch, randomly changed by one of `AUGMENTATIONS`."""
+def train_loader(
+    data: Images, batch_size: int, seed: int, augmentation: str, indexed: bool = False
+) -> DataLoader:
+    """Batches in an order of their own in every epoch, randomly changed by one of `AUGMENTATIONS`; with `indexed` they
+    tell which images they hold."""
     from torchvision.transforms import v2
 
     side = data.images.shape[-1]
     shift_mirror = v2.Compose([v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()])
     randaugment = v2.RandAugment(num_ops=2, magnitude=9)
 
-    def collate(indices: list[int]) -> tuple[Tensor, Tensor]:
+    def collate(indices: list[int]) -> tuple[Tensor, ...]:
         images = torch.stack([shift_mirror(data.images[index]) for index in indices])
         if augmentation == "randaugment":
             images = torch.cat([randaugment(part) for part in images.split(SHARE_A_DRAW)])
-        return normalized(images), data.targets[indices]
+        batch = normalized(images), data.targets[indices]
+        return IndexedSample(*batch, torch.tensor(indices)) if indexed else batch
 
     return DataLoader(
         range(len(data.targets)),

@@ -71,7 +71,21 @@ CHOICES = {
     "gkt, batch_norm all_streams": Recipe("gkt", {"batch_norm": "all_streams"}, baseline="gkt"),
     "gkt, subnet_ce_weight 0.33": Recipe("gkt", {"subnet_ce_weight": 0.33}, baseline="gkt"),
 }
-STUDIES = {"methods": METHODS, "alone": ALONE, "budgets": BUDGETS, "shares": SHARES, "choices": CHOICES}
+OVER_STEPS = {
+    f"gkt, steps, dataset{note}": Recipe(
+        "gkt", {"chain": "steps", "knowledge": "dataset", "ema": ema}, baseline="gkt"
+    )
+    for note, ema in (("", 0.5), (", ema 0.9", 0.9))
+}
+"""One subnet a step, and knowledge that is kept by sample."""
+STUDIES = {
+    "methods": METHODS,
+    "alone": ALONE,
+    "budgets": BUDGETS,
+    "shares": SHARES,
+    "choices": CHOICES,
+    "over_steps": OVER_STEPS,
+}
 ONE_BY_ONE = {"gkt, one by one": Recipe("gkt", {"execution": "sequential"})}
 """In no study, since it trains what "gkt" does: for its cost alone."""
-RECIPES = METHODS | ALONE | BUDGETS | SHARES | CHOICES | ONE_BY_ONE
+RECIPES = METHODS | ALONE | BUDGETS | SHARES | CHOICES | OVER_STEPS | ONE_BY_ONE
