@@ -6,7 +6,9 @@ Every repeat draws new subnets and runs all modes on them, one after another, ne
 is (eager, blocks not fused). Reported are the medians, the quartiles, the ratio of the medians, the mean ratio (what
 training pays on average: the cost varies with the subnets), the same in FLOPs, and the most activation memory that
 autograd held during a step. sequential+compile runs the streams one by one with compiled blocks;
-plain+fused is plain training with `gkt_fast.fuse_blocks`.
+plain+fused is plain training with `gkt_fast.fuse_blocks`. `--subnet-share 1.0 0.5 0.25` runs the GKT modes with
+subnets on each of these parts of the batch. On one CPU thread times are the thread's own, so that others on the machine
+don't add to them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import copy
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +33,7 @@ MODES = ["plain+fused", "sequential", "sequential+compile", "shared", "stacked",
 COLUMNS = [
     "model",
     "mode",
+    "subnet_share",
     "ratio",
     "mean_ratio",
     "median_ms",
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: the model's own")
     parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument("--subnet-share", type=float, nargs="+", default=[1.0])
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
@@ -75,32 +80,37 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     if args.channels_last and images.ndim == 4:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    steps: dict[str, Callable[[], None]] = {"plain": plain_step(model, images, targets)}
-    models = {"plain": model}
-    flops = {"plain": 1.0}
+    plain = ("plain", 1.0)
+    steps: dict[tuple[str, float], Callable[[], None]] = {plain: plain_step(model, images, targets)}
+    models, flops = {plain: model}, {plain: 1.0}
     for mode in args.modes:
-        models[mode] = copy.deepcopy(model)
-        if mode == "plain+fused":
-            fuse_blocks(models[mode])
-            steps[mode], flops[mode] = plain_step(models[mode], images, targets), 1.0
-        else:
-            gkt = make_gkt(models[mode], mode, args)
+        for share in [1.0] if mode == "plain+fused" else args.subnet_share:
+            key = mode, share
+            models[key] = copy.deepcopy(model)
+            if mode == "plain+fused":
+                fuse_blocks(models[key])
+                steps[key], flops[key] = plain_step(models[key], images, targets), 1.0
+                continue
+            gkt = make_gkt(models[key], mode, share, args)
             gkt.layers(images)
-            steps[mode], flops[mode] = gkt_step(gkt, images, targets), flops_ratio(gkt, mode, args.repeats)
-    timings = measure(steps, args.repeats, WARMUP)
+            steps[key], flops[key] = gkt_step(gkt, images, targets), flops_ratio(gkt, mode, args.repeats)
+    one_thread = device == "cpu" and torch.get_num_threads() == 1
+    timings = measure(steps, args.repeats, WARMUP, time.thread_time if one_thread else time.perf_counter)
     rows = []
-    for mode, timing in timings.items():
+    for key, timing in timings.items():
+        mode, share = key
         rows.append(
             {
                 "model": name,
                 "mode": mode,
-                "ratio": timing.median / timings["plain"].median,
-                "mean_ratio": timing.mean_ratio(timings["plain"]),
+                "subnet_share": share,
+                "ratio": timing.median / timings[plain].median,
+                "mean_ratio": timing.mean_ratio(timings[plain]),
                 "median_ms": timing.median,
                 "lower_ms": timing.lower,
                 "upper_ms": timing.upper,
-                "flops_ratio": flops[mode],
-                "saved_mib": saved_mebibytes(models[mode], steps[mode]),
+                "flops_ratio": flops[key],
+                "saved_mib": saved_mebibytes(models[key], steps[key]),
                 "batch_size": batch_size,
                 "groups": args.groups,
                 "loops": args.loops,
@@ -112,11 +122,15 @@ def run(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def make_gkt(model: torch.nn.Module, mode: str, args: argparse.Namespace) -> GKT:
+def make_gkt(model: torch.nn.Module, mode: str, share: float, args: argparse.Namespace) -> GKT:
     """The model in one mode. `sequential` runs the model as it is, the others with fused blocks."""
     execution = mode.partition("+")[0]
     config = GKTConfig(
-        groups=args.groups, loops=args.loops, execution=execution, fuse_blocks=execution != "sequential"
+        groups=args.groups,
+        loops=args.loops,
+        subnet_share=share,
+        execution=execution,
+        fuse_blocks=execution != "sequential",
     )
     gkt = GKT(model, config)
     if mode.endswith("+compile"):

@@ -150,9 +150,11 @@ def test_throughput_has_a_row_for_every_mode(tmp_path):
 
 
 def test_throughput_measures_only_the_modes_asked_for(tmp_path):
-    flags = ["--model", "vit_like", "--batch-size", 1, "--repeats", 1, "--modes", "shared", "--threads", 1]
+    flags = ["--model", "vit_like", "--batch-size", 4, "--repeats", 1, "--modes", "shared", "--threads", 1]
+    flags += ["--subnet-share", 1.0, 0.5]
     run_script("bench/throughput.py", *flags, "--csv", tmp_path / "new" / "t.csv", folder=tmp_path)
-    assert [row["mode"] for row in rows(tmp_path / "new" / "t.csv")] == ["plain", "shared"]
+    measured = [(row["mode"], row["subnet_share"]) for row in rows(tmp_path / "new" / "t.csv")]
+    assert measured == [("plain", "1.0"), ("shared", "1.0"), ("shared", "0.5")]
 
 
 def test_cascade(tmp_path):
