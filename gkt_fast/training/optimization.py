@@ -20,8 +20,8 @@ class Optimization:
     """The backward passes of one or several batches, and the optimizer step after the last of them.
 
     Each batch counts by its number of samples, so that the gradients are those of the mean over all samples, as of one
-    big batch (but for BatchNorm, whose statistics are of each batch, and for rows without a label, which are averaged
-    over within their batch).
+    big batch (but for BatchNorm, whose statistics are of each batch, for rows without a label, which are averaged over
+    within their batch, and with `subnet_share`, by which each batch gives subnets its own first rows).
 
     Args:
         model: the network.

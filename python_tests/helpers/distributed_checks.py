@@ -97,8 +97,10 @@ def parts(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [*zip(*(tensor.chunk(world_size()) for tensor in tensors), strict=True)]
 
 
-def wrap(model: nn.Module, mode: str, policy: str = "full", **options: Any) -> DistributedDataParallel:
-    config = CONFIG.replace(execution=mode, batch_norm=policy)
+def wrap(
+    model: nn.Module, mode: str, policy: str = "full", share: float = 1.0, **options: Any
+) -> DistributedDataParallel:
+    config = CONFIG.replace(execution=mode, batch_norm=policy, subnet_share=share)
     return DistributedDataParallel(GKT(model, config), **options)
 
 
@@ -112,16 +114,18 @@ def outcome(ddp: DistributedDataParallel, batch: tuple[Tensor, ...], step: int) 
     )
 
 
-def expected_outcome(model: nn.Module, batch: tuple[Tensor, ...], step: int, policy: str = "full") -> Outcome:
+def expected_outcome(
+    model: nn.Module, batch: tuple[Tensor, ...], step: int, policy: str = "full", share: float = 1.0
+) -> Outcome:
     """The same by the plain loop in one process."""
-    gkt = GKT(model, CONFIG.replace(batch_norm=policy, fuse_blocks=False))
+    gkt = GKT(model, CONFIG.replace(batch_norm=policy, subnet_share=share, fuse_blocks=False))
     dropped = [frozenset(), *(subnet.dropped(gkt.stages) for subnet in gkt.sample(step))]
     return reference_step(model, batch[:1], batch[1], dropped, gkt.config)
 
 
-def mean_over_parts(model: nn.Module, batch: tuple[Tensor, ...], step: int) -> Outcome:
+def mean_over_parts(model: nn.Module, batch: tuple[Tensor, ...], step: int, share: float = 1.0) -> Outcome:
     """Each rank's part by itself: this rank's logits and buffers, the means of all else."""
-    outcomes = [expected_outcome(copy.deepcopy(model), part, step) for part in parts(batch)]
+    outcomes = [expected_outcome(copy.deepcopy(model), part, step, share=share) for part in parts(batch)]
     mean = copy.copy(outcomes[dist.get_rank()])
     mean.loss, mean.terms = (
         torch.stack([getattr(one, n) for one in outcomes]).mean(0) for n in ("loss", "terms")
@@ -177,30 +181,62 @@ def check_sync_batch_norm_joins_the_batch() -> None:
 
 
 def check_synchronized_batch_norm_with_parts_of_different_sizes() -> None:
-    """Two ghosts, in float64 and float32, means far from zero; against torch on the joined rows of each ghost."""
-    rows = [3 + r for r in range(world_size())]
+    """Three ghosts, the first with more rows, in float64 and float32, means far from zero; against torch on the joined
+    rows of each ghost."""
+    rank, lead, rows = dist.get_rank(), *([n + r for r in range(world_size())] for n in (5, 3))
+    sizes = lead, rows, rows
+
+    def own(ghosts: list[Tensor]) -> Tensor:
+        """This rank's rows of every ghost batch."""
+        return torch.cat([ghost.split(size)[rank] for ghost, size in zip(ghosts, sizes, strict=True)])
+
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
         generator = torch.Generator().manual_seed(1)
-        x = (torch.randn(2, sum(rows), 4, 3, 2, generator=generator) + 50).to(dtype)
-        dy = torch.randn(x.shape, generator=generator).to(dtype)
+        x = [(torch.randn(sum(size), 4, 3, 2, generator=generator) + 50).to(dtype) for size in sizes]
+        dy = [torch.randn(ghost.shape, generator=generator).to(dtype) for ghost in x]
         weight, bias = (torch.randn(4, generator=generator).to(dtype) for _ in range(2))
-        mine, dy_mine = (t.split(rows, 1)[dist.get_rank()].flatten(0, 1) for t in (x, dy))
-        mine, w, b = (t.clone().requires_grad_() for t in (mine, weight, bias))
-        y, mean, var = synchronized_batch_norm(mine, w, b, 2, 1e-5, dist.group.WORLD)
-        y.backward(dy_mine)
-        expected, ew, eb = (t.double().requires_grad_() for t in (x, weight, bias))
-        joined = torch.stack([F.batch_norm(ghost, None, None, ew, eb, training=True) for ghost in expected])
-        joined.backward(dy.double())
-        slices = [t.split(rows, 1)[dist.get_rank()].flatten(0, 1) for t in (joined, expected.grad)]
+
+        mine, w, b = (t.clone().requires_grad_() for t in (own(x), weight, bias))
+        y, mean, var = synchronized_batch_norm(mine, w, b, 3, 1e-5, dist.group.WORLD, lead[rank])
+        y.backward(own(dy))
+        expected = [ghost.double().requires_grad_() for ghost in x]
+        ew, eb = (t.double().requires_grad_() for t in (weight, bias))
+        joined = [F.batch_norm(ghost, None, None, ew, eb, training=True) for ghost in expected]
+        torch.autograd.backward(joined, [gradient.double() for gradient in dy])
         for actual, wanted in (
-            (y, slices[0]),
-            (mine.grad, slices[1]),
+            (y, own(joined)),
+            (mine.grad, own([ghost.grad for ghost in expected])),
             (reduce_sum(w.grad), ew.grad),
             (reduce_sum(b.grad), eb.grad),
-            (mean, x.double().mean((1, 3, 4))),
-            (var, x.double().transpose(1, 2).flatten(2).var(2)),
+            (mean, torch.stack([ghost.double().mean((0, 2, 3)) for ghost in x])),
+            (var, torch.stack([ghost.double().transpose(0, 1).flatten(1).var(1) for ghost in x])),
         ):
             torch.testing.assert_close(actual.double(), wanted.detach(), rtol=tolerance, atol=tolerance * 10)
+
+
+def check_subnets_on_a_share_of_each_ranks_batch() -> None:
+    joined = data(JOINED_BATCH).tensors
+    expected = mean_over_parts(batch_norm_net(), joined, step=3, share=0.5)
+    for mode in MODES:
+        ddp = wrap(batch_norm_net(), mode, share=0.5)
+        assert_same(outcome(ddp, parts(joined)[dist.get_rank()], step=3), expected, 1e-11)
+
+
+def check_sync_batch_norm_joins_the_ranks_shares() -> None:
+    """In one process the first rows of all ranks come first."""
+    joined = data(JOINED_BATCH).tensors
+    own = torch.arange(JOINED_BATCH).chunk(world_size())
+    half = len(own[0]) // 2
+    order = torch.cat([*(rows[:half] for rows in own), *(rows[half:] for rows in own)])
+    with torch_takes_sync_batch_norm_on_the_cpu():
+        reordered = tuple(tensor[order] for tensor in joined)
+        expected = expected_outcome(batch_norm_net(), reordered, 3, "all_streams", share=0.5)
+        for mode in MODES:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(batch_norm_net())
+            ddp = wrap(model, mode, "all_streams", share=0.5)
+            actual = outcome(ddp, parts(joined)[dist.get_rank()], step=3)
+            actual.logits = torch.cat(gather(actual.logits))[order]
+            assert_same(actual, expected, 1e-11)
 
 
 def check_every_rank_draws_the_same_subnets() -> None:
