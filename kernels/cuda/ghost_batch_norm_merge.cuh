@@ -12,6 +12,9 @@ constexpr int kMergeChannels = 8;  // a sector of 32 bytes of floats
 constexpr int kMergeLanes = 64;
 constexpr int kMergeThreads = kMergeChannels * kMergeLanes;
 constexpr int kMergeWarps = kMergeThreads / kWarpSize;
+// Blocks of gradients that a multiprocessor must hold; left to itself, ptxas spills to fit one
+// more.
+constexpr int kMergeBlocks = 2;
 constexpr int kMergeAhead = 4;  // chunks whose loads are under way together
 
 using MergeScratch = double[kMergeWarps][kMergeChannels];
@@ -123,7 +126,7 @@ inline int merge_groups(const Geometry& g) {
 // channels): scale, slope, offset. A block per kMergeChannels channels; `most_groups` ghost batches
 // are merged at a time, each by some of the lanes.
 template <class A>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     merge_gradients_kernel(Geometry g, int most_groups, const A* parts, const A* weight,
                            const A* statistics, const uint8_t* keep, double eps, bool use_running,
                            A* coefficients, A* grad_weight, A* grad_bias) {

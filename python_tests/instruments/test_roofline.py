@@ -151,6 +151,13 @@ def test_the_bound_takes_the_slower_of_both_and_the_launches():
     assert roofline.memory_bound_share(runs, rates) == pytest.approx((2 + 1) / 8)
 
 
+def test_scenarios_run_from_the_bound_to_slow_kernels_and_a_slow_host():
+    rates = roofline.Rates(1e3, {}, 0.5)
+    ops = [OpCost("aten::relu", 2000, 0, 1, torch.float32), OpCost("gkt_fast::x", 1000, 0, 2, torch.float32)]
+    seconds = [2 + 1 + 1.5, 3 + 1 + 1.5, 3 + 2 + 1.5]
+    assert roofline.scenarios([ops], rates, 5.0) == pytest.approx([*seconds, 5.0, 5.5, 6.5])
+
+
 @pytest.fixture(scope="module")
 def tiny():
     network = roofline.Network(lambda: cifar_resnet(14, width=4), 16, 6, 10)
