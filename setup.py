@@ -29,15 +29,28 @@ def setting(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Runs CMake; its own output says what went wrong."""
+    """Runs CMake; its own output says what went wrong. The terminal is told that CUDA kernels are compiled."""
     try:
-        subprocess.run(command, cwd=folder, check=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
         sys.exit(f"gkt_fast: {command[0]} was not found; GKT_NATIVE=0 installs without the native module")
-    except subprocess.CalledProcessError:
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if "gkt_fast: compiling CUDA kernels" in line:
+            tell_terminal(line.removeprefix("-- ").strip())
+    if process.wait() != 0:
         sys.exit(
             "gkt_fast: the native module could not be built (see above); GKT_NATIVE=0 installs without it"
         )
+
+
+def tell_terminal(line: str) -> None:
+    """Writes past pip, which hides a build's output unless -v is given, to whoever waits for what takes minutes."""
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n  {line}\n")
+    except OSError:
+        pass  # no terminal: nobody waits at it, and the build's output has the line
 
 
 class CMakeExtension(Extension):

@@ -387,3 +387,35 @@ def test_import_and_a_step_without_what_is_optional(blocked):
     output = run(sys.executable, "-c", f"{block}\n{STEP}\n{ENVIRONMENT}")
     missing = "gkt_fast._native" in blocked or importlib.util.find_spec("gkt_fast._native") is None
     assert ("the native module is not installed" in output) == missing
+
+
+TELL = """
+import os, pathlib, runpy, setuptools, sys
+setuptools.setup = lambda **options: None
+for stream in (1, 2):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+namespace = runpy.run_path(sys.argv[1])
+command = [sys.executable, "-c", "print('-- gkt_fast: compiling CUDA kernels for 80, 90'); print('-- other')"]
+namespace["run"](command, pathlib.Path.cwd())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no pty")
+def test_whoever_waits_for_nvcc_is_told_although_pip_hides_a_builds_output():
+    import pty
+
+    command = [sys.executable, "-c", TELL, str(ROOT / "setup.py")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    told = b""
+    while True:
+        try:
+            told += os.read(terminal, 1000)
+        except OSError:  # the child has gone, and its terminal with it
+            break
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert told.split(b"\r\n") == [b"", b"  gkt_fast: compiling CUDA kernels for 80, 90", b""]
+    # Without a terminal nothing is said and nothing fails.
+    subprocess.run(command, check=True, start_new_session=True)
