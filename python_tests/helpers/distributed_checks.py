@@ -552,6 +552,8 @@ def check_a_rank_that_hangs_ends_the_others_wait(folder: Path) -> None:
 
 
 TWO_RANKS_SHOW_IT = [
+    "check_subnets_on_a_share_of_each_ranks_batch",
+    "check_sync_batch_norm_joins_the_ranks_shares",
     "check_gradients_are_reduced_once_per_step",
     "check_accumulated_batches_are_synchronised_once_per_step",
     "check_stochastic_depth_leaves_dropped_blocks_without_gradient",
