@@ -64,8 +64,8 @@ class Backend(Protocol):
 
         Args:
             problem: the op's `Problem`, everything that is not a tensor.
-            tensors: the inputs in the order of the op's schema, then the results in that order; None for one that is
-                not given or not wanted.
+            tensors: the inputs in the order of the op's schema, then the results in that order, then what is updated in
+                place; None for one that is not given or not wanted.
 
         Raises:
             BackendError, NotImplementedError: the backend doesn't work here after all.
