@@ -38,7 +38,11 @@ class GKTStep:
         self._accumulating = False
 
     def __call__(
-        self, inputs: Tensor | tuple[Any, ...], targets: Tensor, kd_weight: float | None = None
+        self,
+        inputs: Tensor | tuple[Any, ...],
+        targets: Tensor,
+        kd_weight: float | None = None,
+        indices: Tensor | None = None,
     ) -> GKTOutput:
         """One batch; the arguments are those of `GKT`."""
         output = self.gkt(
@@ -47,6 +51,7 @@ class GKTStep:
             step=self._inner.next_step - (1 if self._accumulating else 0),
             loss_scale=loss_scale(self.accelerator.scaler, self.accelerator.device),
             kd_weight=kd_weight,
+            indices=indices,
         )
         self._accumulating = not self.accelerator.sync_gradients
         return output

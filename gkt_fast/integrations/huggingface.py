@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GKTConfig
 from ..gkt import GKT
+from .knowledge import refuse_knowledge_by_sample
 from .scaling import loss_scale
 
 __all__ = ["GKTTrainerMixin", "Trainer"]
@@ -38,7 +39,8 @@ class GKTTrainerMixin:
 
     Raises:
         ValueError: the trainer's arguments ask for what GKT can't do: several GPUs in one process (DataParallel), FSDP,
-            DeepSpeed, `torch_compile`, `compute_loss_func`, regression, or label smoothing given twice.
+            DeepSpeed, `torch_compile`, `compute_loss_func`, regression, knowledge kept by sample, or label smoothing
+            given twice.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class GKTTrainerMixin:
                 raise ValueError(
                     f"GKT doesn't run with {what}; several GPUs want torchrun or accelerate launch"
                 )
+        refuse_knowledge_by_sample(config, "transformers' Trainer")
         problem = getattr(self.model.config, "problem_type", None)
         if problem == "regression":
             raise ValueError("problem_type is 'regression'; GKT distils classes")

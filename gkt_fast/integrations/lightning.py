@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..config import GKTConfig
 from ..gkt import GKT
 from ..network.calls import logits_of
+from .knowledge import refuse_knowledge_by_sample
 from .scaling import loss_scale
 
 __all__ = ["GKTModule", "network_state"]
@@ -35,6 +36,9 @@ class GKTModule(lightning.LightningModule):
         optimizer: makes the optimizer from the parameters, for example
             `functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. None: override `configure_optimizers`.
         scheduler: makes a schedule, stepped after every epoch, from the optimizer.
+
+    Raises:
+        ValueError: knowledge is to be kept by sample.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class GKTModule(lightning.LightningModule):
         scheduler: Callable[[Optimizer], Any] | None = None,
     ) -> None:
         super().__init__()
+        refuse_knowledge_by_sample(config or GKTConfig(), "Lightning's training step")
         self.gkt = GKT(model, config, stages, criterion=criterion)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler

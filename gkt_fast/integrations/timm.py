@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import GKTConfig
 from ..gkt import GKT
 from ..network.compilation import compile_blocks
+from .knowledge import refuse_knowledge_by_sample
 
 __all__ = ["GKTTask"]
 
@@ -38,7 +39,7 @@ class GKTTask(timm.task.ClassificationTask):
         options: further ones of ClassificationTask.
 
     Raises:
-        ValueError: the criterion and the configuration contradict each other.
+        ValueError: the criterion and the configuration contradict each other, or knowledge is to be kept by sample.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class GKTTask(timm.task.ClassificationTask):
     ) -> None:
         super().__init__(model, criterion, criterion_kwargs, **options)
         config, own = _with_criterion(GKTConfig() if config is None else config, self.criterion)
+        refuse_knowledge_by_sample(config, "timm's task")
         self.trainable_module = GKT(model, config, stages, criterion=own)
         self.accumulate = accumulate
         self._batches = 0

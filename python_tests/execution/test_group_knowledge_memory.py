@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
+import math
+import pickle
 from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.reference_step import (
     MODES,
     assert_same,
@@ -15,7 +20,7 @@ from helpers.reference_step import (
     reference_cross_entropy,
     reference_step,
 )
-from helpers.small_nets import Net, batch
+from helpers.small_nets import CLASSES, Net, batch
 from torch import Tensor
 
 from gkt_fast import GKT, GKTConfig, GroupKnowledgeMemory
@@ -147,3 +152,136 @@ def test_with_chains_over_steps_and_knowledge_of_the_batch_the_full_network_teac
         assert_same(
             outcome_of(gkt.model, inputs, output.loss, terms, output.logits), expected, 1e-11, floor=1e-13
         )
+
+
+def test_what_is_not_finite_is_never_kept():
+    """Neither rows of NaN, nor those beyond float16; their samples keep what was known of them."""
+    memory = GroupKnowledgeMemory(4, 2, 2)
+    memory.write(torch.tensor([0, 1]), {1: torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    learnt = torch.tensor([[math.nan, 0.0], [5.0, 6.0], [7.0, 1e6], [9.0, 10.0], [math.inf, 0.0]])
+    memory.write(torch.tensor([0, 1, 1, 2, 3]), {1: learnt})
+    assert memory.known(1).tolist() == [True, True, True, False]
+    assert memory.knowledge(1)[:3].tolist() == [[1.0, 2.0], [5.0, 6.0], [9.0, 10.0]]
+
+
+def test_a_step_that_breaks_leaves_only_finite_knowledge():
+    gkt = make(GKTConfig(knowledge="dataset"))
+    (inputs, targets, indices), (broken, _, _) = batches(2)
+    gkt(inputs, targets, indices=indices)
+    before = copy.deepcopy(gkt.memory.state_dict())
+    broken[0][0] = math.nan  # BatchNorm spreads it over the batch
+    gkt(broken, targets, indices=(indices + 1) % SAMPLES)
+    assert torch.equal(gkt.memory.state_dict()["known"], before["known"])
+    assert torch.equal(gkt.memory.state_dict()["values"], before["values"])
+
+
+def test_evaluation_mode_reads_and_writes_nothing():
+    gkt = make(GKTConfig(knowledge="dataset", chain="steps"))
+    for inputs, targets, indices in batches(2):
+        gkt(inputs, targets, indices=indices)
+    before = copy.deepcopy(gkt.memory.state_dict())
+    gkt.eval()
+    inputs, targets, indices = batches(1)[0]
+    taught_by_the_past = gkt(inputs, targets, step=1, indices=indices)
+    taught_by_the_full_network = gkt(inputs, targets, step=1)
+    assert not torch.equal(taught_by_the_past.kd, taught_by_the_full_network.kd)
+    assert torch.equal(gkt.memory.state_dict()["values"], before["values"])
+
+
+def test_calls_that_can_not_be_remembered_are_refused():
+    inputs, targets, indices = batches(1)[0]
+    config = GKTConfig(knowledge="dataset")
+    with pytest.raises(ValueError, match=r"no memory is attached; set gkt.memory = GroupKnowledgeMemory"):
+        GKT(Net(), config)(inputs, targets, indices=indices)
+    gkt = make(config)
+    shares = F.softmax(torch.randn(5, CLASSES, dtype=torch.float64), 1)
+    for changes, error, message in (
+        ({"indices": None}, ValueError, "indices is None and knowledge is 'dataset'.*Indexed"),
+        ({"indices": indices.tolist()}, TypeError, "indices is list; it must be an int64 tensor"),
+        ({"indices": indices.float()}, TypeError, "indices is torch.float32; it must be an int64 tensor"),
+        ({"indices": indices[:3]}, ValueError, r"indices has shape \(3,\); it must be \(5,\)"),
+        ({"indices": indices + SAMPLES}, ValueError, r"indices has \d+; it must lie in \[0, 7\)"),
+        ({"indices": indices - SAMPLES}, ValueError, r"indices has -\d+; it must lie in \[0, 7\)"),
+        ({"targets": shares}, ValueError, "shares of classes between 0 and 1, as mixup and cutmix"),
+    ):
+        with pytest.raises(error, match=message):
+            gkt(inputs, **{"targets": targets, "indices": indices} | changes)
+    assert not gkt.memory.known(1).any()
+    gkt(inputs, F.one_hot(targets, CLASSES).double(), indices=indices)  # shares, but not mixed
+    assert gkt.memory.known(1).any()
+    narrow = make(config)
+    narrow.memory = GroupKnowledgeMemory(SAMPLES, CLASSES + 1, 3)
+    with pytest.raises(ValueError, match="logits have 4 classes; the memory has 5"):
+        narrow(inputs, targets, indices=indices)
+
+
+def test_dense_predictions_are_refused():
+    class Dense(Net):
+        def forward(self, x):
+            return super().forward(x)[:, :, None].expand(-1, -1, 3)
+
+    gkt = GKT(Dense(), GKTConfig(knowledge="dataset", execution="shared"))
+    gkt.memory = GroupKnowledgeMemory(SAMPLES, None, 3)
+    inputs, targets, indices = batches(1)[0]
+    with pytest.raises(ValueError, match=r"logits have shape \(5, 4, 3\).*Use knowledge='batch' for dense"):
+        gkt(inputs, targets[:, None].expand(-1, 3), indices=indices)
+
+
+def test_indices_that_nobody_needs_are_said_once(caplog):
+    gkt = GKT(Net(), GKTConfig(execution="shared"))
+    inputs, targets, indices = batches(1)[0]
+    with caplog.at_level(logging.WARNING, "gkt_fast"):
+        for _ in range(2):
+            gkt(inputs, targets, indices=indices)
+    assert [r.message for r in caplog.records if "indices" in r.message] == [
+        "indices are given and knowledge is 'batch', which makes no use of them"
+    ]
+
+
+def test_memories_that_do_not_fit_are_refused(tmp_path):
+    for arguments, error, message in (
+        ((0, 4, 3), ValueError, "samples is 0; it must be at least 1"),
+        ((5, 1, 3), ValueError, "classes is 1; it must be at least 2"),
+        ((5, 4, 1), ValueError, "groups is 1; it must be at least 2"),
+        ((5.0, 4, 3), TypeError, "samples is 5.0; it must be an integer"),
+        ((5, 4, 3, torch.bfloat16), ValueError, "dtype is torch.bfloat16; it must be one of"),
+        ((5, 4, 3, torch.float16, tmp_path / "m", "meta"), ValueError, "device is meta with a path"),
+    ):
+        with pytest.raises(error, match=message):
+            GroupKnowledgeMemory(*arguments)
+    gkt = GKT(Net(), GKTConfig(knowledge="dataset"))
+    with pytest.raises(ValueError, match="memory has groups=2; the configuration has 3"):
+        gkt.memory = GroupKnowledgeMemory(5, 4, 2)
+    with pytest.raises(TypeError, match="memory is dict"):
+        gkt.memory = {}
+    with pytest.raises(ValueError, match="knowledge is 'batch'; it must be 'dataset'"):
+        GKT(Net()).memory = GroupKnowledgeMemory(5, 4, 3)
+    with pytest.raises(ValueError, match="group is 3; what is remembered is of group 1 to 2"):
+        GroupKnowledgeMemory(5, 4, 3).known(3)
+    with pytest.raises(ValueError, match="samples=6; here it has samples=5"):
+        GroupKnowledgeMemory(5, 4, 3).load_state_dict(GroupKnowledgeMemory(6, 4, 3).state_dict())
+
+
+def test_copies_and_pickles_write_nowhere_else(tmp_path):
+    gkt = make(GKTConfig(knowledge="dataset"), path=tmp_path / "memory")
+    inputs, targets, indices = batches(1)[0]
+    gkt(inputs, targets, indices=indices)
+    content = (tmp_path / "memory").read_bytes()
+    for other in (copy.deepcopy(gkt), pickle.loads(pickle.dumps(gkt))):
+        assert torch.equal(other.memory.knowledge(1), gkt.memory.knowledge(1))
+        other(inputs, targets, indices=(indices + 1) % SAMPLES)
+        assert not torch.equal(other.memory.knowledge(1), gkt.memory.knowledge(1))
+    assert (tmp_path / "memory").read_bytes() == content
+
+
+def test_explain_says_what_the_memory_takes():
+    gkt = GKT(Net(), GKTConfig(knowledge="dataset", chain="steps", execution="shared"))
+    gkt.cost([], batch()[0])
+    gkt.network.remember(batch()[0])
+    assert "no memory is attached yet" in gkt.explain()
+    gkt.memory = GroupKnowledgeMemory(2**20, 8, 3)
+    for step, group, moved in ((0, 1, 2), (1, 2, 3), (2, 3, 1)):  # read and written: 1, 1; 1 and 2, 2; 2
+        text = gkt.explain(step)
+        assert f"1 subnet {gkt.sample(step)[0]} (group {group} of 3)" in text
+        assert "knowledge of 1048576 samples: 2 groups, classes: 8, torch.float16, on cpu, 32.00 MiB" in text
+        assert f"the step reads and writes {moved * 16} bytes of it per sample" in text

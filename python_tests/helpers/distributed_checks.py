@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from gkt_fast import GKT, GKTConfig, GKTTrainer, evaluate, recalibrate_batch_norm
+from gkt_fast import GKT, GKTConfig, GKTTrainer, GroupKnowledgeMemory, evaluate, recalibrate_batch_norm
 from gkt_fast.batch_norm.layer import run_batch_norm
 from gkt_fast.batch_norm.synchronized import synchronized_batch_norm
+from gkt_fast.data import Indexed
 from gkt_fast.distributed import agree, gather, reduce_sum, share, world_size
 from gkt_fast.execution import choose_execution
 from gkt_fast.models import cifar_resnet
@@ -428,6 +430,54 @@ def check_trainer_goes_on_where_another_number_of_ranks_stopped(folder: Path) ->
         assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
+def check_ranks_learn_together_what_one_process_learns() -> None:
+    """Batches of unequal size, with samples that stand in several rows of one rank and of several."""
+    images, targets = data(7).tensors
+    for config in (CONFIG, GKTConfig(groups=3, chain="steps")):
+        for mode in ("stacked", "lean"):
+            config = config.replace(knowledge="dataset", execution=mode, ema=0.7)
+            together, alone = GKT(norm_free_net(), config), GKT(norm_free_net(), config)
+            for gkt in (together, alone):
+                gkt.memory = GroupKnowledgeMemory(5, None, config.groups, torch.float64)
+            for step, indices in enumerate(
+                [[0, 1, 2, 1, 3, 0, 0], [4, 4, 4, 2, 2, 1, 0], [3, 3, 3, 3, 3, 3, 3]]
+            ):
+                joined = torch.tensor(indices)
+                cut = [slice(0, 5), slice(5, 7)] if step else [slice(0, 2), slice(2, 7)]
+                own = cut[dist.get_rank()]
+                output = together(images[own], targets[own], step=step, indices=joined[own])
+                with patch("gkt_fast.execution.memory.gather_rows", lambda rows: rows):
+                    whole = alone(images, targets, step=step, indices=joined)
+                torch.testing.assert_close(output.logits, whole.logits[own], rtol=1e-12, atol=1e-12)
+                for group in range(1, config.groups):
+                    known = alone.memory.known(group)
+                    assert torch.equal(together.memory.known(group), known)
+                    if known.any():
+                        ranks = gather(together.memory.knowledge(group)[known])
+                        assert torch.equal(ranks[0], ranks[1])
+                        torch.testing.assert_close(
+                            ranks[0], alone.memory.knowledge(group)[known], rtol=1e-12, atol=1e-12
+                        )
+                with torch.no_grad():
+                    for parameter in (*together.parameters(), *alone.parameters()):
+                        parameter.mul_(0.9)
+            assert all(alone.memory.known(group).any() for group in range(1, config.groups))
+
+
+def check_trainers_of_all_ranks_hold_the_same_knowledge() -> None:
+    """With the samples that DistributedSampler repeats so that all ranks have as many, and accumulated batches."""
+    dataset = Indexed(data(13))
+    model = norm_free_net()
+    config = GKTConfig(groups=3, chain="steps", knowledge="dataset")
+    trainer = GKTTrainer(model, torch.optim.SGD(model.parameters(), 0.05), config, accumulate=2)
+    trainer.fit(DataLoader(dataset, 2, sampler=DistributedSampler(dataset, seed=3)), epochs=3, progress=False)
+    memory = trainer.gkt.memory
+    assert memory.samples == 13 and memory.known(1).any() and memory.known(2).any()
+    for group in (1, 2):
+        ranks = gather((memory.known(group), memory.knowledge(group)))
+        assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
 def check_fully_sharded_blocks() -> None:
     """FSDP2 with the modes that leave gradients to one backward; a clear refusal by the others."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -557,6 +607,8 @@ TWO_RANKS_SHOW_IT = [
     "check_gradients_are_reduced_once_per_step",
     "check_accumulated_batches_are_synchronised_once_per_step",
     "check_stochastic_depth_leaves_dropped_blocks_without_gradient",
+    "check_ranks_learn_together_what_one_process_learns",
+    "check_trainers_of_all_ranks_hold_the_same_knowledge",
     "check_fully_sharded_blocks",
     "check_the_older_fsdp_is_refused_where_fully_shard_is",
     "check_ranks_agree_on_a_mode_that_is_wrong_on_one",
