@@ -34,10 +34,14 @@ def test_timm_refuses():
         GKTTask(cifar_resnet(14, 5, width=4), torch.nn.CrossEntropyLoss(), CONFIG)
 
 
-def test_transformers_refuses():
+def test_transformers_refuses(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     from gkt_fast.integrations.huggingface import Trainer
 
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 2], num_labels=3)
     with pytest.raises(ValueError, match="transformers' Trainer has none"):
-        Trainer(transformers.ResNetForImageClassification(config), gkt=CONFIG)
+        Trainer(
+            transformers.ResNetForImageClassification(config),
+            transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+            gkt=CONFIG,
+        )
