@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .losses import GroupKnowledgeLoss, NormalizedCrossEntropy
     from .methods import METHODS, method_config
     from .network.compilation import compile_blocks
-    from .ops import ghost_batch_norm, group_knowledge_loss, use_backend
+    from .ops import ghost_batch_norm, group_knowledge_loss, residual_block, use_backend
     from .subnets.subnet import Stage, Subnet
     from .training.batches import DataLoadingError
     from .training.callbacks import Callback
@@ -63,7 +63,7 @@ _NAMES = {
     "losses": ("GroupKnowledgeLoss", "NormalizedCrossEntropy"),
     "methods": ("METHODS", "method_config"),
     "network.compilation": ("compile_blocks",),
-    "ops": ("ghost_batch_norm", "group_knowledge_loss", "use_backend"),
+    "ops": ("ghost_batch_norm", "group_knowledge_loss", "residual_block", "use_backend"),
     "subnets.subnet": ("Stage", "Subnet"),
     "training.batches": ("DataLoadingError",),
     "training.callbacks": ("Callback",),
@@ -134,6 +134,7 @@ __all__ = [
     "pareto_front",
     "plot_subnets",
     "recalibrate_batch_norm",
+    "residual_block",
     "survival_scaling",
     "unfuse_blocks",
     "use_backend",

@@ -10,6 +10,7 @@ from .group_knowledge_loss import (
 )
 from .native import build_info
 from .registry import BackendError, explain, use_backend
+from .residual_block import residual_block, residual_block_reference
 
 __all__ = [
     "BackendError",
@@ -22,5 +23,7 @@ __all__ = [
     "ghost_batch_norm_reference",
     "group_knowledge_loss",
     "group_knowledge_loss_reference",
+    "residual_block",
+    "residual_block_reference",
     "use_backend",
 ]

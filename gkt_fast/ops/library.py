@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["below_autograd", "define", "differentiable", "differentiate", "refuse_second_derivative"]
+__all__ = [
+    "below_autograd",
+    "below_everything",
+    "define",
+    "differentiable",
+    "differentiate",
+    "refuse_second_derivative",
+    "runs_plain",
+]
 
 _LIBRARY = torch.library.Library("gkt_fast", "FRAGMENT")
 
@@ -36,23 +45,33 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(torch.ops.gkt_fast, name).default
 
 
-def differentiate(op: torch._ops.OpOverload, function: type[Function]) -> None:
+def differentiate(
+    op: torch._ops.OpOverload,
+    function: type[Function],
+    flat: Callable[..., tuple] | None = None,
+    nested: Callable[..., Any] | None = None,
+) -> None:
     """Makes `function` the derivative of `op`.
 
     Args:
         op: what `define` returned.
         function: has `forward(ctx, *inputs)`, which runs the op by `below_autograd`, and `backward(ctx, *gradients)`,
             which passes what it returns through `refuse_second_derivative` where autograd asks for a graph.
+        flat: makes the function's inputs from the op's, where those hold lists, which autograd doesn't look into.
+        nested: makes the op's results from the function's, followed by the op's inputs.
     """
     level = type(function.__name__, (_SingleLevelFunction,), dict(vars(function), forward=_traced(function)))
 
     def kernel(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return below_autograd(op, *inputs)
+        given = inputs if flat is None else flat(*inputs)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return level.apply(*inputs)
-        return function.apply(*inputs)
+                results = level.apply(*given)
+        else:
+            results = function.apply(*given)
+        return results if nested is None else nested(results, *inputs)
 
     _LIBRARY.impl(op._schema.name.partition("::")[2], kernel, "Autograd")
 
@@ -71,6 +90,42 @@ def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
     """The op without its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
+
+
+def runs_plain(tensor: Tensor) -> bool:
+    """Whether what runs on the tensor now is seen by torch's kernels alone: no mode of the dispatcher (a FLOP counter,
+    fake tensors), no transform of torch.func, no compiler, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def below_everything() -> AbstractContextManager[None]:
+    """Inside, the dispatcher goes straight to the device's kernels: no autograd, no autocast."""
+    return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+_ABOVE_KERNELS = _keys(
+    "AutogradFunctionality",
+    "AutogradOther",
+    "AutogradNestedTensor",
+    "ADInplaceOrView",
+    "AutocastCPU",
+    "AutocastCUDA",
+)
 
 
 def refuse_second_derivative(

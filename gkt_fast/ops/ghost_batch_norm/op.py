@@ -14,6 +14,9 @@ mean, var (m, C); keep (m,). The first ghost batch may have another number of ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -30,7 +33,7 @@ from .triton import DEVICES as TRITON_DEVICES
 from .triton import DTYPES as TRITON_DTYPES
 from .triton import TritonBackend
 
-__all__ = ["ghost_batch_norm"]
+__all__ = ["FAKE_PASSES", "PASSES", "Passes", "ghost_batch_norm"]
 
 NAME = "ghost_batch_norm"
 
@@ -186,6 +189,22 @@ def _fake_forward(
     return outputs(*readable(x), ghosts, relu)
 
 
+def _reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows):
+    """y without residual, and the ReLU's mask, from the statistics (3, m, C) of an earlier forward pass."""
+    x, channels_last = readable(x)
+    y, _, mask = outputs(x, channels_last, ghosts, relu)
+    if x.numel():
+        problem = describe(x, channels_last, ghosts, relu, eps, True, lead_rows)
+        tensors = x, None, weight, bias, None, y, statistics.contiguous(), mask
+        _run(problem, x, lambda backend: backend.forward(problem, *tensors))
+    return y, mask
+
+
+def _fake_reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows):
+    y, _, mask = outputs(*readable(x), ghosts, relu)
+    return y, mask
+
+
 def _backward(
     grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows=None
 ):
@@ -274,6 +293,24 @@ class _DifferentiatedTracking(Function):
     @staticmethod
     def backward(ctx, grad_y, *_: None):
         return *_gradients(ctx, grad_y), *(None,) * 6
+
+
+class Passes(NamedTuple):
+    """The op's passes without its derivative, for ops that consist of it.
+
+    Args:
+        forward: arguments and results of the op.
+        backward: of its `_backward`.
+        reapply: y and mask of given statistics.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    reapply: Callable[..., tuple[Tensor, Tensor]]
+
+
+PASSES = Passes(_forward, _backward, _reapply)
+FAKE_PASSES = Passes(_fake_forward, _fake_backward, _fake_reapply)
 
 
 for _implementation in (

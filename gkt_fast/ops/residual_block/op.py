@@ -1,0 +1,230 @@
+"""A whole residual block of several states as one node of the autograd graph.
+
+With the layers' convolutions conv_i and batch norms bn_i (per ghost batch, as `ghost_batch_norm`), n layers, and the
+block's input x (He et al. 2016, arXiv 1512.03385 and 1603.05027)::
+
+    a_0 = x     a_i = relu(bn_i(conv_i(a_{i-1})))     y = relu(bn_n(conv_n(a_{n-1})) + shortcut(skip))
+    preactivation:   a_i = relu(bn_i(c_{i-1}))     c_0 = x     c_i = conv_i(a_i)     y = c_n + shortcut(a_1), or + x
+
+Forward and backward run below autograd, one after another what they consist of: torch's convolutions, and
+`ghost_batch_norm` on the backend that is chosen for it. Kept for backward are x, the convolutions' outputs, the
+statistics and one bit per element of y; normalised activations are computed again.
+
+Shapes: m ghost batches, B rows in each, C channels; x, skip, y (m*B, C, height, width); mean, var (m, C); keep (m,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import library
+from ..ghost_batch_norm.op import FAKE_PASSES, PASSES
+from .checks import check_arguments
+from .passes import Saved, backward, forward
+from .problem import Convolution, Norm, Problem, describe, parameters_of
+
+__all__ = ["residual_block", "run_residual_block"]
+
+NAME = "residual_block"
+
+
+def residual_block(
+    x: Tensor,
+    convolutions: Sequence[Convolution],
+    norms: Sequence[Norm],
+    *,
+    ghosts: int,
+    lead_rows: int | None = None,
+    shortcut: tuple[Convolution, Norm | None] | None = None,
+    skip: Tensor | None = None,
+    keep: Tensor | None = None,
+    preactivation: bool = False,
+    recompute: bool = True,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """A residual block: convolutions with their batch norms and ReLUs, plus the shortcut.
+
+    Under autocast convolutions run in its dtype. Backward needs no autocast.
+
+    Args:
+        x: (m*B, C, height, width), in any memory format; float32, float64, bfloat16 or float16.
+        convolutions: of the main branch, in the order in which they run.
+        norms: one for each convolution; ReLU follows each. With running statistics (eval mode), or with those of each
+            ghost batch.
+        ghosts: m, the number of ghost batches.
+        lead_rows: rows of the first ghost batch; None: as many as each of the others has.
+        shortcut: what the residual goes through: a convolution and its norm, or None for no norm. None: nothing.
+        skip: (m*B, C', height', width'), what the shortcut reads where that isn't x: what code outside computed. It
+            is the residual itself where there is no `shortcut`. Not with preactivation.
+        keep: (m,) bool. A ghost batch with False skips the main branch: its y is its residual untouched. The branch
+            gets a gradient of zero from it. Its statistics are reported all the same.
+        preactivation: whether norms and ReLUs come before convolutions. The shortcut's convolution then reads what the
+            first norm gave, and nothing follows the addition.
+        recompute: whether backward recomputes normalised activations, or finds them saved.
+
+    Returns:
+        y; mean and biased variance, (m, C) each, of each norm of the main branch, then of that of the shortcut, as of
+        `ghost_batch_norm`.
+
+    Raises:
+        TypeError: x, or the residual of another dtype than the last convolution's output.
+        ValueError: a shape or value is wrong, or a channel of a ghost batch has one value only.
+        RuntimeError: its gradient is differentiated; that of `residual_block_reference` can be. Or channels don't fit.
+    """
+    check_arguments(x, convolutions, norms, shortcut, skip, preactivation)
+    layers = [*convolutions] if shortcut is None else [*convolutions, shortcut[0]]
+    of_layers = [*norms] if shortcut is None else [*norms, shortcut[1]]
+    problem = describe(
+        layers,
+        of_layers,
+        shortcut=shortcut is not None,
+        preactivation=preactivation,
+        ghosts=ghosts,
+        lead_rows=lead_rows,
+        recompute=recompute,
+        dtype=autocast_dtype(x),
+    )
+    y, statistics = run_residual_block(problem, x, skip, keep, parameters_of(layers, of_layers))
+    return y, [(found[0], found[2]) for found in statistics]
+
+
+def run_residual_block(
+    problem: Problem,
+    x: Tensor,
+    skip: Tensor | None,
+    keep: Tensor | None,
+    parameters: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor]]:
+    """y and statistics (3, m, C) of each norm, of arguments that are known to be right; see `residual_block`."""
+    if not library.runs_plain(x):
+        y, statistics, _ = _op(x, skip, keep, parameters, *problem.flatten())
+        return y, statistics
+    if not torch.is_grad_enabled():
+        y, statistics, _ = _run_forward(problem, x, skip, keep, parameters)
+        return y, statistics
+    statistics: list[Tensor] = []
+    return _Differentiated.apply(problem, statistics, x, skip, keep, *parameters), statistics
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which convolutions of x run under autocast; None: in that of x."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _run_forward(problem, x, skip, keep, parameters):
+    with library.below_everything():
+        y, statistics, saved = forward(PASSES, problem, x, skip, keep, parameters)
+    return y, statistics, saved.flatten()
+
+
+def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved, needs):
+    saved = Saved.unflatten(problem, saved)
+    with library.below_everything():
+        return backward(PASSES, problem, grad_y, x, skip, keep, parameters, statistics, saved, needs)
+
+
+def _forward_op(x, skip, keep, parameters, *options):
+    return _run_forward(Problem.unflatten(*options), x, skip, keep, parameters)
+
+
+def _fake_forward_op(x, skip, keep, parameters, *options):
+    problem = Problem.unflatten(*options)
+    y, statistics, saved = forward(FAKE_PASSES, problem, x, skip, keep, parameters)
+    return y, statistics, saved.flatten()
+
+
+def _backward_op_kernel(grad_y, x, skip, keep, parameters, statistics, saved, needs, *options):
+    gradients = _run_backward(
+        Problem.unflatten(*options), grad_y, x, skip, keep, parameters, statistics, saved, needs
+    )
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def _fake_backward_op(grad_y, x, skip, keep, parameters, statistics, saved, needs, *options):
+    problem = Problem.unflatten(*options)
+    saved = Saved.unflatten(problem, saved)
+    gradients = backward(FAKE_PASSES, problem, grad_y, x, skip, keep, parameters, statistics, saved, needs)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+class _Differentiated(Function):
+    """`heard` is a list that receives the statistics, or None: then they are results, and so is what is saved."""
+
+    @staticmethod
+    def forward(ctx, problem, heard, x, skip, keep, *parameters):
+        if heard is None:
+            y, statistics, saved = library.below_autograd(_op, x, skip, keep, parameters, *problem.flatten())
+            ctx.mark_non_differentiable(*statistics, *saved)
+        else:
+            y, statistics, saved = _run_forward(problem, x, skip, keep, parameters)
+            heard.extend(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, skip, keep, *parameters, *statistics, *saved)
+        ctx.problem = problem
+        ctx.counts = len(parameters), len(statistics)
+        return y if heard is not None else (y, *statistics, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_y, *_: None):
+        count, norms = ctx.counts
+        nothing = (None,) * (5 + count)
+        if grad_y is None:
+            return nothing
+        x, skip, keep, *tensors = ctx.saved_tensors
+        parameters, statistics, saved = (
+            tensors[:count],
+            tensors[count : count + norms],
+            tensors[count + norms :],
+        )
+        needs_x, needs_skip, _, *needs = ctx.needs_input_grad[2:]
+        needs = [needs_x, needs_skip, *needs]
+        if not any(needs):
+            return nothing
+        if library.runs_plain(grad_y):
+            gradients = _run_backward(
+                ctx.problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
+            )
+        else:
+            given = grad_y, x, skip, keep, parameters, statistics, saved, needs
+            found = library.below_autograd(_backward_op, *given, *ctx.problem.flatten())
+            gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        if torch.is_grad_enabled():
+            present = tuple(g for g in gradients if g is not None)
+            through = grad_y, *(t for t in (x, skip, *parameters) if t is not None)
+            refused = iter(library.refuse_second_derivative(NAME, present, through))
+            gradients = [None if g is None else next(refused) for g in gradients]
+        return None, None, *gradients[:2], None, *gradients[2:]
+
+
+def _flat(x, skip, keep, parameters, *options):
+    return Problem.unflatten(*options), None, x, skip, keep, *parameters
+
+
+def _nested(results, x, skip, keep, parameters, geometry, eps, *options):
+    norms = sum(value >= 0 for value in eps)
+    return results[0], list(results[1 : 1 + norms]), list(results[1 + norms :])
+
+
+_OPTIONS = (
+    "int[] geometry, float[] eps, bool shortcut, bool preactivation, SymInt ghosts, SymInt? lead_rows, "
+    "bool recompute, ScalarType? dtype"
+)
+_op = library.define(
+    f"{NAME}(Tensor x, Tensor? skip, Tensor? keep, Tensor?[] parameters, {_OPTIONS}) "
+    "-> (Tensor y, Tensor[] statistics, Tensor[] saved)",
+    _forward_op,
+    _fake_forward_op,
+)
+_backward_op = library.define(
+    f"{NAME}_backward(Tensor grad_y, Tensor x, Tensor? skip, Tensor? keep, Tensor?[] parameters, "
+    f"Tensor[] statistics, Tensor[] saved, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    _backward_op_kernel,
+    _fake_backward_op,
+)
+library.differentiate(_op, _Differentiated, flat=_flat, nested=_nested)

@@ -1,0 +1,312 @@
+"""The forward and the backward pass of a residual block: torch's convolutions and the norm's own passes, in turn.
+
+Nothing here is differentiated or seen by the dispatcher's other keys. Of every norm of the main branch but the last,
+backward needs the activation that the next convolution read: it is saved, or computed again from the convolution's
+output before it (`recompute`), by the same kernel and from the same statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import accumulation_dtype
+from ..ghost_batch_norm.op import Passes
+from .problem import SLOTS, Geometry, Problem
+
+__all__ = ["Saved", "backward", "forward"]
+
+Tensors = Sequence["Tensor | None"]
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass, beside inputs and statistics.
+
+    Args:
+        convolved: the convolutions' outputs that norms read, in the order of the layers.
+        masks: of the norms with ReLU in the order of the layers; with `recompute` that of the last norm alone, or none
+            before activations.
+        activations: that convolutions read, other than x; with `recompute` none.
+    """
+
+    convolved: list[Tensor]
+    masks: list[Tensor]
+    activations: list[Tensor]
+
+    def flatten(self) -> list[Tensor]:
+        return [*self.convolved, *self.masks, *self.activations]
+
+    @classmethod
+    def unflatten(cls, problem: Problem, tensors: Sequence[Tensor]) -> Saved:
+        depth = problem.depth
+        if problem.preactivation:
+            convolved, masks = depth - 1, 0 if problem.recompute else depth
+        else:
+            normed_shortcut = problem.shortcut and problem.eps[-1] is not None
+            convolved, masks = depth + normed_shortcut, 1 if problem.recompute else depth
+        tensors = list(tensors)
+        return cls(tensors[:convolved], tensors[convolved : convolved + masks], tensors[convolved + masks :])
+
+
+def forward(
+    passes: Passes, problem: Problem, x: Tensor, skip: Tensor | None, keep: Tensor | None, parameters: Tensors
+) -> tuple[Tensor, list[Tensor], Saved]:
+    """y, the statistics of every norm in the order of the layers, and what backward needs."""
+    run = _forward_preactivation if problem.preactivation else _forward
+    return run(passes, problem, x, skip, keep, parameters)
+
+
+def _forward(
+    passes: Passes, problem: Problem, x: Tensor, skip: Tensor | None, keep: Tensor | None, parameters: Tensors
+) -> tuple[Tensor, list[Tensor], Saved]:
+    last = problem.depth - 1
+    saved, statistics = Saved([], [], []), []
+    a = x
+    for i in range(last):
+        c = _convolve(problem, i, a, parameters)
+        a, found, mask = _normalize(passes, problem, i, c, parameters)
+        saved.convolved.append(c)
+        statistics.append(found)
+        if not problem.recompute:
+            saved.masks.append(mask)
+            saved.activations.append(a)
+    c = _convolve(problem, last, a, parameters)
+    saved.convolved.append(c)
+    residual = x if skip is None else skip
+    if problem.shortcut:
+        residual = _convolve(problem, last + 1, residual, parameters)
+        if problem.eps[-1] is not None:
+            saved.convolved.append(residual)
+            residual, of_shortcut, _ = _normalize(passes, problem, last + 1, residual, parameters, relu=False)
+    y, found, mask = _normalize(passes, problem, last, c, parameters, residual=residual, keep=keep)
+    saved.masks.append(mask)
+    statistics.append(found)
+    if problem.shortcut and problem.eps[-1] is not None:
+        statistics.append(of_shortcut)
+    return y, statistics, saved
+
+
+def _forward_preactivation(
+    passes: Passes, problem: Problem, x: Tensor, skip: None, keep: Tensor | None, parameters: Tensors
+) -> tuple[Tensor, list[Tensor], Saved]:
+    saved, statistics = Saved([], [], []), []
+    y, residual = x, x
+    for i in range(problem.depth):
+        a, found, mask = _normalize(passes, problem, i, y, parameters)
+        statistics.append(found)
+        if i > 0:
+            saved.convolved.append(y)
+        elif problem.shortcut:
+            residual = _convolve(problem, problem.depth, a, parameters)
+        if not problem.recompute:
+            saved.masks.append(mask)
+            saved.activations.append(a)
+        y = _convolve(problem, i, a, parameters)
+    for row, dropped in _dropped(problem, keep, y):
+        row.masked_fill_(dropped, 0)
+    return y.add_(residual), statistics, saved
+
+
+def backward(
+    passes: Passes,
+    problem: Problem,
+    grad_y: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    keep: Tensor | None,
+    parameters: Tensors,
+    statistics: Sequence[Tensor],
+    saved: Saved,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, skip and the parameters; None where `needs`, in the same order, wants none."""
+    run = _Backward(passes, problem, x, parameters, statistics, saved, needs)
+    if problem.preactivation:
+        run.preactivation(grad_y, keep)
+    else:
+        run.postactivation(grad_y, skip, keep)
+    return [gradient if needed else None for gradient, needed in zip(run.gradients, needs, strict=True)]
+
+
+class _Backward:
+    """One backward pass; `gradients` are those of x, skip and the parameters, as far as they are known."""
+
+    def __init__(self, passes, problem, x, parameters, statistics, saved, needs) -> None:
+        self.passes, self.problem, self.x, self.parameters = passes, problem, x, parameters
+        self.statistics, self.saved = statistics, saved
+        self.needs_x, self.needs_skip, *self.needs = needs
+        self.gradients: list[Tensor | None] = [None] * len(needs)
+        self._masks = list(saved.masks)
+
+    def postactivation(self, grad_y: Tensor, skip: Tensor | None, keep: Tensor | None) -> None:
+        problem, last = self.problem, self.problem.depth - 1
+        shortcut = last + 1 if problem.shortcut else None
+        needs_residual = self.needs_x if skip is None else self.needs_skip
+        wanted = needs_residual or (problem.shortcut and any(self._needs(shortcut)))
+        gradient, residual = self._norm(last, grad_y, self.saved.masks[-1], keep, wanted)
+        for i in range(last, -1, -1):
+            source = self.x
+            if i > 0:
+                source, mask = self._activation(i - 1)
+            gradient = self._convolution(i, gradient, source, self._reaches(i))
+            if gradient is None:
+                break
+            if i > 0:
+                gradient, _ = self._norm(i - 1, gradient, mask)
+        if wanted and problem.shortcut:
+            if problem.eps[-1] is not None:
+                residual, _ = self._norm(shortcut, residual, None)
+            residual = self._convolution(shortcut, residual, self.x if skip is None else skip, needs_residual)
+        if not needs_residual:
+            self.gradients[0] = _cast(gradient, self.x.dtype)
+        elif skip is None:
+            self.gradients[0] = _cast(_add(gradient, residual), self.x.dtype)
+        else:
+            self.gradients[0] = _cast(gradient, self.x.dtype)
+            self.gradients[1] = _cast(residual, skip.dtype)
+
+    def preactivation(self, grad_y: Tensor, keep: Tensor | None) -> None:
+        problem = self.problem
+        gradient = grad_y
+        if keep is not None:
+            gradient = grad_y.clone()
+            for row, dropped in _dropped(problem, keep, gradient):
+                row.masked_fill_(dropped, 0)
+        for i in range(problem.depth - 1, -1, -1):
+            source, mask = self._activation(i)
+            norm_needed = self.needs_x or self._reaches(i) or any(self._needs(i)[2:4])
+            gradient = self._convolution(i, gradient, source, norm_needed)
+            if i == 0 and problem.shortcut:
+                of_shortcut = self._convolution(problem.depth, grad_y, source, norm_needed)
+                gradient = _add(gradient, of_shortcut)
+            if gradient is None:
+                break
+            gradient, _ = self._norm(i, gradient, mask)
+        if not problem.shortcut:
+            gradient = _add(gradient, grad_y)
+        self.gradients[0] = _cast(gradient, self.x.dtype)
+
+    def _needs(self, i: int) -> Sequence[bool]:
+        """Of a layer's parameters."""
+        return self.needs[SLOTS * i : SLOTS * (i + 1)]
+
+    def _reaches(self, i: int) -> bool:
+        """Whether a gradient goes on before layer i of the main branch."""
+        return self.needs_x or any(self.needs[: SLOTS * i])
+
+    def _before_norm(self, i: int) -> Tensor:
+        """What norm i read."""
+        if not self.problem.preactivation:
+            return self.saved.convolved[i]
+        return self.x if i == 0 else self.saved.convolved[i - 1]
+
+    def _activation(self, i: int) -> tuple[Tensor, Tensor]:
+        """What norm i of the main branch gave, with its ReLU, and the mask of the latter."""
+        if not self.problem.recompute:
+            return self.saved.activations[i], self.saved.masks[i]
+        problem = self.problem
+        x = self._before_norm(i)
+        weight, bias = _of_norm(x, self.parameters, i)
+        return self.passes.reapply(
+            x, weight, bias, self.statistics[i], problem.ghosts, True, problem.eps[i], problem.lead_rows
+        )
+
+    def _norm(
+        self, i: int, grad_y: Tensor, mask: Tensor | None, keep: Tensor | None = None, residual: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of what norm i read and of what was added; those of its parameters are put down."""
+        problem, x, place = self.problem, self._before_norm(i), SLOTS * i + 2
+        weight = self.parameters[place]
+        if weight is not None:
+            weight = _cast(weight, accumulation_dtype(x.dtype))
+        frozen, relu = self.parameters[place + 2] is not None, mask is not None
+        if mask is None:
+            mask = x.new_empty(0, dtype=torch.uint8)
+        gradient, added, grad_weight, grad_bias = self.passes.backward(
+            _cast(grad_y, x.dtype), x, weight, self.statistics[i], mask, keep,
+            problem.ghosts, relu, problem.eps[i], frozen, residual, problem.lead_rows,
+        )  # fmt: skip
+        for j, value in ((place, grad_weight), (place + 1, grad_bias)):
+            if self.needs[j]:
+                self.gradients[2 + j] = _cast(value, self.parameters[j].dtype)
+        return gradient, added
+
+    def _convolution(self, i: int, grad_y: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
+        """The gradient of what convolution i read; those of its parameters are put down."""
+        place = SLOTS * i
+        needs_weight, needs_bias = self.needs[place : place + 2]
+        if not (needs_x or needs_weight or needs_bias):
+            return None
+        x, weight, bias = _of_convolution(self.problem, x, self.parameters, i)
+        stride, padding, dilation, groups = self.problem.convolutions[i]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+            grad_y, x, weight, None if bias is None else bias.shape, stride, padding, dilation,
+            False, (0, 0), groups, (needs_x, needs_weight, needs_bias),
+        )  # fmt: skip
+        if needs_weight:
+            self.gradients[2 + place] = _cast(grad_weight, self.parameters[place].dtype)
+        if needs_bias:
+            self.gradients[3 + place] = _cast(grad_bias, self.parameters[place + 1].dtype)
+        return grad_x if needs_x else None
+
+
+def _convolve(problem: Problem, i: int, x: Tensor, parameters: Tensors) -> Tensor:
+    geometry: Geometry = problem.convolutions[i]
+    return torch.conv2d(*_of_convolution(problem, x, parameters, i), *geometry)
+
+
+def _of_convolution(problem: Problem, x: Tensor, parameters: Tensors, i: int) -> Tensors:
+    """Input, weight and bias in the dtype in which convolution i runs."""
+    weight, bias = parameters[SLOTS * i], parameters[SLOTS * i + 1]
+    dtype = problem.dtype
+    if dtype is None:
+        return x, weight, bias
+    return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+
+
+def _of_norm(x: Tensor, parameters: Tensors, i: int) -> Tensors:
+    """Weight and bias of norm i in the dtype of its arithmetic."""
+    weight, bias = parameters[SLOTS * i + 2 : SLOTS * i + 4]
+    dtype = accumulation_dtype(x.dtype)
+    return _cast(weight, dtype), _cast(bias, dtype)
+
+
+def _normalize(
+    passes: Passes,
+    problem: Problem,
+    i: int,
+    x: Tensor,
+    parameters: Tensors,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, statistics and mask of norm i."""
+    weight, bias = _of_norm(x, parameters, i)
+    mean, var = parameters[SLOTS * i + 4 : SLOTS * i + 6]
+    return passes.forward(
+        x, weight, bias, residual, keep, mean, var, problem.ghosts, relu, problem.eps[i], problem.lead_rows
+    )
+
+
+def _dropped(problem: Problem, keep: Tensor | None, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the ghost batches of x, each with whether it is dropped, as a tensor."""
+    if keep is None:
+        return
+    lead = x.shape[0] // problem.ghosts if problem.lead_rows is None else problem.lead_rows
+    rest = (x.shape[0] - lead) // max(problem.ghosts - 1, 1)
+    yield from zip(x.split([lead, *[rest] * (problem.ghosts - 1)]), (~keep).unbind(), strict=True)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _add(gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum, in memory of the first, which is this pass's own."""
+    if gradient is None or other is None:
+        return other if gradient is None else gradient
+    return gradient.add_(other)
