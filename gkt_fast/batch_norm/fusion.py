@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import NamedTuple
+from typing import Any
 
+import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
-from torch.nn.functional import relu
-from torch.nn.modules.batchnorm import _NormBase
 
+from ..network.interception import Site, find_layers, intercept
 from ..ops.dtypes import FLOAT_DTYPES
-from .kinds import is_fusible_batch_norm, is_fusible_batch_norm_relu, is_hooked
-from .layer import run_batch_norm
+from .block_plan import BlockPlan
+from .forms import FORMS, Form, reason_against, run_layers
+from .kinds import is_batch_norm
+from .layer import run_batch_norm_layer, surrounding_ghost_batches
 
 __all__ = ["fuse_blocks", "unfuse_blocks"]
 
@@ -44,7 +46,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
         name = _fused_class_name(type(module))
         if name is None:
             continue
-        reason = _reason_against(module, _FORMS[name])
+        reason = reason_against(module, FORMS[name])
         if reason is None:
             module.__class__ = _fused_class(name)
             fused.append(path)
@@ -59,161 +61,67 @@ def unfuse_blocks(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, FusedBlock):
             module.__class__ = type(module).__mro__[2]
+            module.__dict__.pop(_PLAN, None)
+            module.__dict__.pop("recompute", None)
             unfused.append(path)
     return unfused
-
-
-class Form(NamedTuple):
-    """What a known block class looks like.
-
-    Args:
-        module: where the class lives.
-        name: the class.
-        layers: the convolutions and norms, in the order in which they run.
-        shortcut: attribute of what the residual goes through; None or nn.Identity there: nothing.
-        relus: attributes that must be nn.ReLU. A norm that brings its own ReLU isn't listed.
-        absent: attributes that must be None or nn.Identity where they exist.
-    """
-
-    module: str
-    name: str
-    layers: tuple[str, ...]
-    shortcut: str
-    relus: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-
-    @property
-    def preactivation(self) -> bool:
-        """Whether norms come before convolutions, and carry their ReLU."""
-        return self.layers[0].startswith("norm")
-
-
-_BASIC = ("conv1", "bn1", "conv2", "bn2")
-_BOTTLENECK = (*_BASIC, "conv3", "bn3")
-_TIMM_ABSENT = ("drop_block", "aa", "se", "drop_path")
-_FORMS = {
-    "FusedCifarBasicBlock": Form("gkt_fast.models.cifar_resnet", "BasicBlock", _BASIC, "shortcut"),
-    "FusedTorchvisionBasicBlock": Form(
-        "torchvision.models.resnet", "BasicBlock", _BASIC, "downsample", ("relu",)
-    ),
-    "FusedTorchvisionBottleneck": Form(
-        "torchvision.models.resnet", "Bottleneck", _BOTTLENECK, "downsample", ("relu",)
-    ),
-    "FusedTimmBasicBlock": Form(
-        "timm.models.resnet", "BasicBlock", _BASIC, "downsample", ("act1", "act2"), _TIMM_ABSENT
-    ),
-    "FusedTimmBottleneck": Form(
-        "timm.models.resnet", "Bottleneck", _BOTTLENECK, "downsample", ("act1", "act2", "act3"), _TIMM_ABSENT
-    ),
-    "FusedTimmPreActBasic": Form(
-        "timm.models.resnetv2",
-        "PreActBasic",
-        ("norm1", "conv1", "norm2", "conv2"),
-        "downsample",
-        absent=("drop_path",),
-    ),
-    "FusedTimmPreActBottleneck": Form(
-        "timm.models.resnetv2",
-        "PreActBottleneck",
-        ("norm1", "conv1", "norm2", "conv2", "norm3", "conv3"),
-        "downsample",
-        absent=("drop_path",),
-    ),
-}
 
 
 class FusedBlock:
     """Mixin before a block's own class: the fused forward, or the block's own where it can't be fused now."""
 
     _form: Form
+    recompute = True
 
     def forward(self, x: Tensor) -> Tensor:
-        form = self._form
+        if torch.compiler.is_compiling():
+            return self._run_layers(x)
+        plan = self.__dict__.get(_PLAN)
+        if plan is None or not plan.is_current(self):
+            plan = self.__dict__[_PLAN] = BlockPlan(self, self._form)
         if (
-            not isinstance(x, Tensor)  # torch.fx traces the block's own forward
+            plan.reason is not None
+            or not isinstance(x, Tensor)  # torch.fx traces the block's own forward
             or x.dtype not in FLOAT_DTYPES
             or x.device.type not in ("cpu", "cuda")
             or torch_module._has_any_global_hook()
-            or _reason_against(self, form) is not None
         ):
+            return self._own_forward(x)
+        return plan.run(x)
+
+    def _run_layers(self, x: Tensor) -> Tensor:
+        """Without a plan, which a compiler can't look at, and layer by layer, which is what it optimises."""
+        form = self._form
+        if reason_against(self, form) is not None:
             return super().forward(x)
         layers = [getattr(self, name) for name in form.layers]
-        run = _run_preactivation if form.preactivation else _run
-        return run(layers, getattr(self, form.shortcut), x)
+        return run_layers(form, layers, getattr(self, form.shortcut), x)
+
+    def _own_forward(self, x: Tensor) -> Tensor:
+        """The block's own; inside `ghost_batches` its norms run per ghost batch all the same."""
+        if surrounding_ghost_batches() is None:
+            return super().forward(x)
+        with intercept(self, find_layers(self, is_batch_norm), _call_batch_norm):
+            return super().forward(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: without what is found anew."""
+        return {name: value for name, value in self.__dict__.items() if name != _PLAN}
 
 
-def _run(layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
-    y = x
-    for convolution, norm in zip(layers[:-2:2], layers[1:-2:2], strict=True):
-        y = run_batch_norm(norm, convolution(y), activation="relu")
-    y = layers[-2](y)
-    residual = _run_shortcut(shortcut, x)
-    if residual.dtype == y.dtype and residual.shape == y.shape:
-        return run_batch_norm(layers[-1], y, residual=residual, activation="relu")
-    return relu(run_batch_norm(layers[-1], y) + residual)
+_PLAN = "_fused_plan"
+"""Where a block keeps its `BlockPlan`."""
 
 
-def _run_preactivation(layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
-    y = run_batch_norm(layers[0], x, activation="relu")
-    residual = x if shortcut is None else _run_shortcut(shortcut, y)
-    y = layers[1](y)
-    for norm, convolution in zip(layers[2::2], layers[3::2], strict=True):
-        y = convolution(run_batch_norm(norm, y, activation="relu"))
-    return y + residual
-
-
-def _run_shortcut(shortcut: nn.Module | None, x: Tensor) -> Tensor:
-    if shortcut is None:
-        return x
-    if type(shortcut) is not nn.Sequential or is_hooked(shortcut):
-        return shortcut(x)
-    for module in shortcut:
-        x = run_batch_norm(module, x) if is_fusible_batch_norm(module) else module(x)
-    return x
-
-
-def _reason_against(block: nn.Module, form: Form) -> str | None:
-    """Why the block can't run fused; None when it can."""
-    if "forward" in vars(block):
-        return "it has a forward of its own"
-    for name in form.layers:
-        module = getattr(block, name)
-        if name.startswith("conv"):
-            if not isinstance(module, nn.Conv2d):
-                return f"{name} is a {type(module).__name__}"
-        elif not (
-            is_fusible_batch_norm_relu(module) if form.preactivation else is_fusible_batch_norm(module)
-        ):
-            return f"{name} is not a plain BatchNorm2d with running statistics, or has hooks"
-    for name in form.relus:
-        module = getattr(block, name)
-        if type(module) is not nn.ReLU or is_hooked(module):
-            return f"{name} is not a plain ReLU, or has hooks"
-    for name in form.absent:
-        module = getattr(block, name, None)
-        if not (module is None or (type(module) is nn.Identity and not is_hooked(module))):
-            return f"it has {name}"
-    return _reason_against_shortcut(getattr(block, form.shortcut))
-
-
-def _reason_against_shortcut(shortcut: nn.Module | None) -> str | None:
-    """A BatchNorm in the shortcut must be one that is seen and run per ghost batch."""
-    if shortcut is None or not any(isinstance(module, _NormBase) for module in shortcut.modules()):
-        return None
-    if type(shortcut) is not nn.Sequential or is_hooked(shortcut):
-        return f"its shortcut is a {type(shortcut).__name__} with hooks or a norm inside"
-    for module in shortcut:
-        inner_norm = any(isinstance(inner, _NormBase) for inner in module.modules())
-        if inner_norm and not is_fusible_batch_norm(module):
-            return "its shortcut has a norm that is not a plain BatchNorm2d with running statistics"
-    return None
+def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    return run_batch_norm_layer(module, *args, **kwargs)
 
 
 _CLASS_OF_NAME: dict[str, type] = {}
 
 
 def _fused_class_name(kind: type) -> str | None:
-    for name, form in _FORMS.items():
+    for name, form in FORMS.items():
         if kind.__name__ == form.name and kind.__module__ == form.module:
             return name
     return None
@@ -222,7 +130,7 @@ def _fused_class_name(kind: type) -> str | None:
 def _fused_class(name: str) -> type:
     """The subclass of that name, made when first wanted, since torchvision and timm may be missing."""
     if name not in _CLASS_OF_NAME:
-        form = _FORMS[name]
+        form = FORMS[name]
         block = getattr(importlib.import_module(form.module), form.name)
         _CLASS_OF_NAME[name] = type(name, (FusedBlock, block), {"__module__": __name__, "_form": form})
     return _CLASS_OF_NAME[name]
@@ -230,6 +138,6 @@ def _fused_class(name: str) -> type:
 
 def __getattr__(name: str) -> type:
     """Lets pickle find the fused classes."""
-    if name in _FORMS:
+    if name in FORMS:
         return _fused_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

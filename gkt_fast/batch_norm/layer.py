@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -20,8 +20,10 @@ from .synchronized import group_of, synchronized_batch_norm
 __all__ = [
     "OnStatistics",
     "ghost_batches",
+    "report_statistics",
     "run_batch_norm",
     "run_batch_norm_layer",
+    "surrounding_ghost_batches",
 ]
 
 OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
@@ -78,6 +80,11 @@ def ghost_batches(
         yield
     finally:
         _current.reset(token)
+
+
+def surrounding_ghost_batches() -> _Ghosts | None:
+    """The innermost `ghost_batches` that this runs in."""
+    return _current.get()
 
 
 def run_batch_norm(
@@ -164,6 +171,40 @@ def _is_updated_by_the_op(layer: _BatchNorm, x: Tensor) -> bool:
         and layer.running_mean.dtype == layer.running_var.dtype == accumulation_dtype(x.dtype)
         and not (layer.running_mean.requires_grad or layer.running_var.requires_grad)
     )
+
+
+@torch.no_grad()
+def report_statistics(
+    ghosts: _Ghosts | None,
+    layers: Sequence[_BatchNorm],
+    tracks: Sequence[bool],
+    statistics: Sequence[Tensor],
+    values: Sequence[int],
+) -> None:
+    """Hands on what layers saw, as `run_batch_norm` does for one.
+
+    Args:
+        ghosts: the surrounding `ghost_batches`.
+        layers: the layers that ran.
+        tracks: whether each would update its running statistics.
+        statistics: (3, m, C) of each: mean, what rounding took from it, biased variance.
+        values: values of a channel in a ghost batch, of each.
+    """
+    if not any(tracks) or (ghosts is not None and ghosts.on_statistics is None):
+        return
+    seen = [
+        (layer, *found.unbind(), n / max(n - 1, 1))
+        for layer, track, found, n in zip(layers, tracks, statistics, values, strict=True)
+        if track and layer.running_mean is not None
+    ]
+    layers, means, _, variances, factors = zip(*seen, strict=True)
+    variances = torch._foreach_mul(variances, factors)
+    if ghosts is not None:
+        for layer, mean, variance in zip(layers, means, variances, strict=True):
+            ghosts.on_statistics(layer, mean, variance)
+        return
+    for layer, mean, variance in zip(layers, means, variances, strict=True):
+        _update_running_statistics(layer, mean[0], variance[0])
 
 
 @torch.no_grad()

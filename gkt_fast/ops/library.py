@@ -92,14 +92,18 @@ def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
         return op(*inputs)
 
 
-def runs_plain(tensor: Tensor) -> bool:
-    """Whether what runs on the tensor now is seen by torch's kernels alone: no mode of the dispatcher (a FLOP counter,
-    fake tensors), no transform of torch.func, no compiler, no subclass."""
+def runs_plain(*tensors: Tensor) -> bool:
+    """Whether what runs on the tensors now is seen by torch's kernels alone: no mode of the dispatcher (a FLOP counter,
+    fake tensors), no transform of torch.func, no compiler or tracer, no subclass."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in _PLAIN
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -24,7 +24,7 @@ ROOMS = {
     "subnets": ["config"],
     "ops": ["config", "kernels", "_native"],
     "network": ["subnets", "config"],
-    "batch_norm": ["ops"],
+    "batch_norm": ["ops", "network"],
     "execution": ["network", "batch_norm", "ops", "subnets", "config", "distributed"],
     "gkt": ["execution", "network", "batch_norm", "subnets", "config", "ops"],
     "deployment": ["network", "batch_norm", "subnets", "config", "distributed", "pictures"],

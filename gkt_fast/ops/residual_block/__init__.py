@@ -1,7 +1,16 @@
 """A residual block of several states as one op: convolutions, batch norms per ghost batch, the addition and ReLU."""
 
-from .op import residual_block
-from .problem import Convolution, Norm
+from .op import autocast_dtype, residual_block, run_residual_block
+from .problem import Convolution, Geometry, Norm, Problem
 from .reference import residual_block_reference
 
-__all__ = ["Convolution", "Norm", "residual_block", "residual_block_reference"]
+__all__ = [
+    "Convolution",
+    "Geometry",
+    "Norm",
+    "Problem",
+    "autocast_dtype",
+    "residual_block",
+    "residual_block_reference",
+    "run_residual_block",
+]

@@ -27,7 +27,7 @@ from .checks import check_arguments
 from .passes import Saved, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
 
-__all__ = ["residual_block", "run_residual_block"]
+__all__ = ["autocast_dtype", "residual_block", "run_residual_block"]
 
 NAME = "residual_block"
 

@@ -1,0 +1,211 @@
+"""How a fused block runs: looked at once, until classes, modes, flags or hooks of its modules change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..network.fingerprint import Watch
+from ..ops.library import runs_plain
+from ..ops.residual_block import Geometry, Problem, autocast_dtype, run_residual_block
+from .forms import Form, reason_against, run_layers, run_modules
+from .kinds import is_fusible_batch_norm, is_hooked
+from .layer import report_statistics, surrounding_ghost_batches
+
+__all__ = ["BlockPlan"]
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class _Run(NamedTuple):
+    """How inputs of one form run.
+
+    Args:
+        problem: of the node; None: it can't run them.
+        values: for each norm, how many values of a channel each ghost batch has.
+    """
+
+    problem: Problem | None
+    values: list[int]
+
+
+class BlockPlan:
+    """What is known of a block.
+
+    Args:
+        block: a fused block.
+        form: its form.
+
+    Attributes:
+        reason: why it can't run fused; None when it can.
+    """
+
+    def __init__(self, block: nn.Module, form: Form) -> None:
+        self._watch = Watch(block)
+        self._fingerprint = self._watch.fingerprint()
+        self._form = form
+        self._recompute = block.recompute
+        self._whole = False
+        self._key: tuple | None = None
+        self.reason = reason_against(block, form)
+        if self.reason is None:
+            self._layers = [getattr(block, name) for name in form.layers]
+            self._shortcut = getattr(block, form.shortcut)
+            self._sort_layers()
+
+    def is_current(self, block: nn.Module) -> bool:
+        """Whether the block is as it was."""
+        return self._watch.is_current(block) and self._watch.fingerprint() == self._fingerprint
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block's output; for a block without a `reason`."""
+        if self._whole and runs_plain(x):
+            y = self._run_as_a_whole(x)
+            if y is not None:
+                return y
+        return run_layers(self._form, self._layers, self._shortcut, x)
+
+    def _sort_layers(self) -> None:
+        """For `residual_block`: convolutions with their norms, and what a shortcut does before its convolution."""
+        first = int(self._form.preactivation)
+        convolutions, norms = self._layers[first::2], self._layers[1 - first :: 2]
+        self._depth = len(convolutions)
+        self._before, projection = _split(self._shortcut, self._form.preactivation)
+        if projection is not None:
+            convolutions, norms = [*convolutions, projection[0]], [*norms, projection[1]]
+        # Of a pre-activation block the shortcut reads what the node itself computes.
+        self._whole = all(map(_is_plain_convolution, convolutions)) and not (first and self._before)
+        self._pairs = list(zip(convolutions, norms, strict=True))
+        self._attributes = [convolution.__dict__ for convolution in convolutions]
+        self._norms = [norm for norm in norms if norm is not None]
+        self._tracks = [norm.training and norm.track_running_stats for norm in self._norms]
+
+    def _run_as_a_whole(self, x: Tensor) -> Tensor | None:
+        """The block as one node; None where the node can't run it."""
+        ghosts = surrounding_ghost_batches()
+        parameters: list[Tensor | None] = []
+        for convolution, norm in self._pairs:
+            parameters += (*_weights(convolution), *_tensors_of_norm(norm))
+        if not runs_plain(*parameters[::6]):
+            return None
+        skip = run_modules(self._before, x) if self._before else None
+        run = self._describe(x, skip, parameters, 1 if ghosts is None else ghosts.number)
+        if run.problem is None:
+            return None
+        y, statistics = run_residual_block(run.problem, x, skip, None, parameters)
+        report_statistics(ghosts, self._norms, self._tracks, statistics, run.values)
+        return y
+
+    def _describe(self, x: Tensor, skip: Tensor | None, parameters: list[Tensor | None], ghosts: int) -> _Run:
+        """How such inputs run; found once, as long as they have the same form."""
+        key = (
+            x.shape,
+            x.dtype,
+            None if skip is None else (skip.shape, skip.dtype),
+            ghosts,
+            autocast_dtype(x),
+            [weight.shape for weight in parameters[::6]],
+            [attributes[name] for attributes in self._attributes for name in _GEOMETRY],
+            [norm.eps for norm in self._norms],
+        )
+        if key != self._key:
+            self._key, self._found = key, self._find_run(x, skip, parameters, ghosts)
+        return self._found
+
+    def _find_run(self, x: Tensor, skip: Tensor | None, parameters: list[Tensor | None], ghosts: int) -> _Run:
+        nothing = _Run(None, [])
+        if any(a["padding_mode"] != "zeros" or isinstance(a["padding"], str) for a in self._attributes):
+            return nothing
+        if x.dim() != 4 or not x.shape[0] or x.shape[0] % ghosts:
+            return nothing
+        geometry = tuple(Geometry(*(a[name] for name in _GEOMETRY[:4])) for a in self._attributes)
+        eps = tuple(None if norm is None else norm.eps for _, norm in self._pairs)
+        shortcut, preactivation = len(self._pairs) > self._depth, self._form.preactivation
+        problem = Problem(
+            geometry, eps, shortcut, preactivation, ghosts, None, self._recompute, autocast_dtype(x)
+        )
+        shapes = [x.shape]
+        for i in range(self._depth):
+            shapes.append(_shape_after(shapes[-1], parameters[6 * i], geometry[i]))
+        residual = x if skip is None else skip
+        shape, dtype = residual.shape, residual.dtype
+        if shortcut:
+            shape = _shape_after(shape, parameters[6 * self._depth], geometry[-1])
+            dtype = problem.dtype or dtype
+        # Torch adds what broadcasts, and promotes; the node does neither.
+        if shape != shapes[-1] or dtype != (problem.dtype or x.dtype):
+            return nothing
+        read = shapes[:-1] if preactivation else shapes[1:]
+        read = [*read, shapes[-1]] if len(self._norms) > self._depth else read
+        values = [shape[0] // ghosts * shape[2] * shape[3] for shape in read]
+        if any(n < 2 and norm.training for n, norm in zip(values, self._norms, strict=True)):
+            return nothing  # refused, in words, where the norm runs by itself
+        return _Run(problem, values)
+
+
+def _split(
+    shortcut: nn.Module | None, preactivation: bool
+) -> tuple[list[nn.Module], tuple[nn.Module, nn.Module | None] | None]:
+    """What of a shortcut runs by itself, and the convolution with its norm after it that the node runs."""
+    if shortcut is None or (type(shortcut) is nn.Identity and not is_hooked(shortcut)):
+        return [], None
+    if preactivation:
+        # timm's projection: a convolution, and a norm that pre-activation has no use for.
+        parts = [*shortcut.children()]
+        plain = type(shortcut).__name__ == "DownsampleConv" and not is_hooked(shortcut) and len(parts) == 2
+        if plain and _is_plain_convolution(parts[0]) and type(parts[1]) is nn.Identity:
+            return [], None if is_hooked(parts[1]) else (parts[0], None)
+        return [shortcut], None
+    if type(shortcut) is not nn.Sequential or is_hooked(shortcut):
+        return [shortcut], None
+    modules = [m for m in shortcut if type(m) is not nn.Identity or is_hooked(m)]
+    if len(modules) > 1 and _is_plain_convolution(modules[-2]) and is_fusible_batch_norm(modules[-1]):
+        return modules[:-2], (modules[-2], modules[-1])
+    return modules, None
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    """Whether a call of the module is torch's convolution of its weight and bias, which may be parametrised."""
+    kind = type(module)
+    return (
+        isinstance(module, nn.Conv2d)
+        and kind.forward is nn.Conv2d.forward
+        and kind._conv_forward is nn.Conv2d._conv_forward
+        and kind.__call__ is nn.Module.__call__
+        and not is_hooked(module)
+        and "_conv_forward" not in vars(module)
+        and module._compiled_call_impl is None
+    )
+
+
+def _weights(convolution: nn.Module) -> tuple[Tensor, Tensor | None]:
+    parameters = convolution._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, or put there as plain tensors
+        return convolution.weight, convolution.bias
+
+
+def _tensors_of_norm(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
+    """Weight and bias, and running mean and variance of a norm that uses them."""
+    if norm is None:
+        return None, None, None, None
+    parameters, buffers = norm._parameters, norm._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        weight, bias = norm.weight, norm.bias
+    if norm.training:
+        return weight, bias, None, None
+    return weight, bias, buffers["running_mean"], buffers["running_var"]
+
+
+def _shape_after(shape: torch.Size, weight: Tensor, geometry: Geometry) -> torch.Size:
+    """Of a convolution's output."""
+    places = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+    ]
+    return torch.Size((shape[0], weight.shape[0], *places))
