@@ -80,7 +80,9 @@ class BlockPlan:
         self._pairs = list(zip(convolutions, norms, strict=True))
         self._attributes = [convolution.__dict__ for convolution in convolutions]
         self._norms = [norm for norm in norms if norm is not None]
-        self._tracks = [norm.training and norm.track_running_stats for norm in self._norms]
+        self._tracking = [
+            i for i, norm in enumerate(self._norms) if norm.training and norm.track_running_stats
+        ]
 
     def _run_as_a_whole(self, x: Tensor) -> Tensor | None:
         """The block as one node; None where the node can't run it."""
@@ -95,7 +97,9 @@ class BlockPlan:
         if run.problem is None:
             return None
         y, statistics = run_residual_block(run.problem, x, skip, None, parameters)
-        report_statistics(ghosts, self._norms, self._tracks, statistics, run.values)
+        if self._tracking:
+            seen = [(self._norms[i], statistics[i], run.values[i]) for i in self._tracking]
+            report_statistics(ghosts, *zip(*seen, strict=True))
         return y
 
     def _describe(self, x: Tensor, skip: Tensor | None, parameters: list[Tensor | None], ghosts: int) -> _Run:

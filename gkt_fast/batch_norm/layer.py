@@ -173,38 +173,47 @@ def _is_updated_by_the_op(layer: _BatchNorm, x: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
 def report_statistics(
     ghosts: _Ghosts | None,
     layers: Sequence[_BatchNorm],
-    tracks: Sequence[bool],
     statistics: Sequence[Tensor],
     values: Sequence[int],
 ) -> None:
-    """Hands on what layers saw, as `run_batch_norm` does for one.
+    """Hands on what layers saw that track running statistics, as `run_batch_norm` does for one.
 
     Args:
         ghosts: the surrounding `ghost_batches`.
         layers: the layers that ran.
-        tracks: whether each would update its running statistics.
         statistics: (3, m, C) of each: mean, what rounding took from it, biased variance.
         values: values of a channel in a ghost batch, of each.
     """
-    if not any(tracks) or (ghosts is not None and ghosts.on_statistics is None):
+    if ghosts is not None and ghosts.on_statistics is None:
         return
-    seen = [
-        (layer, *found.unbind(), n / max(n - 1, 1))
-        for layer, track, found, n in zip(layers, tracks, statistics, values, strict=True)
-        if track and layer.running_mean is not None
-    ]
-    layers, means, _, variances, factors = zip(*seen, strict=True)
-    variances = torch._foreach_mul(variances, factors)
-    if ghosts is not None:
-        for layer, mean, variance in zip(layers, means, variances, strict=True):
-            ghosts.on_statistics(layer, mean, variance)
-        return
+    means, _, variances = zip(*[found.unbind() for found in statistics], strict=True)
+    with torch.no_grad():
+        variances = torch._foreach_mul(variances, [n / max(n - 1, 1) for n in values])
+        if ghosts is None:
+            _update_together(layers, means, variances)
+            return
     for layer, mean, variance in zip(layers, means, variances, strict=True):
-        _update_running_statistics(layer, mean[0], variance[0])
+        ghosts.on_statistics(layer, mean, variance)
+
+
+def _update_together(
+    layers: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor]
+) -> None:
+    """The running statistics of layers whose one ghost batch had these, (1, C) each; in few launches."""
+    momenta = {layer.momentum for layer in layers}
+    counters = [layer.num_batches_tracked for layer in layers]
+    running = [r for layer in layers for r in (layer.running_mean, layer.running_var)]
+    alike = len(momenta) == 1 and None not in momenta and None not in counters
+    if not alike or any(r.dtype != means[0].dtype for r in running):
+        for layer, mean, variance in zip(layers, means, variances, strict=True):
+            _update_running_statistics(layer, mean[0], variance[0])
+        return
+    seen = [s[0] for pair in zip(means, variances, strict=True) for s in pair]
+    torch._foreach_add_(counters, 1)
+    torch._foreach_lerp_(running, seen, momenta.pop())
 
 
 @torch.no_grad()

@@ -22,8 +22,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import library
-from ..ghost_batch_norm.op import FAKE_PASSES, PASSES
+from ..ghost_batch_norm.op import FAKE_PASSES
+from ..ghost_batch_norm.op import NAME as NORM
+from ..registry import run
 from .checks import check_arguments
+from .norms import NormsOn
 from .passes import Saved, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
 
@@ -118,15 +121,24 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _run_forward(problem, x, skip, keep, parameters):
+    def on(backend):
+        return forward(NormsOn(backend), problem, x, skip, keep, parameters)
+
     with library.below_everything():
-        y, statistics, saved = forward(PASSES, problem, x, skip, keep, parameters)
+        y, statistics, saved = run(NORM, x.device.type, problem.dtype or x.dtype, on)
     return y, statistics, saved.flatten()
 
 
 def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved, needs):
     saved = Saved.unflatten(problem, saved)
+
+    def on(backend):
+        return backward(
+            NormsOn(backend), problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
+        )
+
     with library.below_everything():
-        return backward(PASSES, problem, grad_y, x, skip, keep, parameters, statistics, saved, needs)
+        return run(NORM, x.device.type, problem.dtype or x.dtype, on)
 
 
 def _forward_op(x, skip, keep, parameters, *options):
