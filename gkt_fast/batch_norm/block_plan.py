@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..network.fingerprint import Watch
 from ..ops.library import runs_plain
-from ..ops.residual_block import Geometry, Problem, autocast_dtype, run_residual_block
+from ..ops.residual_block import Geometry, Problem, autocast_dtype, run_plain_residual_block
 from .forms import Form, reason_against, run_layers, run_modules
 from .kinds import is_fusible_batch_norm, is_hooked
-from .layer import report_statistics, surrounding_ghost_batches
+from .layer import is_updated_by_the_op, report_statistics, surrounding_ghost_batches
 
 __all__ = ["BlockPlan"]
 
@@ -24,11 +24,13 @@ class _Run(NamedTuple):
 
     Args:
         problem: of the node; None: it can't run them.
-        values: for each norm, how many values of a channel each ghost batch has.
+        read: the shape of what each norm reads.
+        dtypes: and its dtype.
     """
 
     problem: Problem | None
-    values: list[int]
+    read: list[torch.Size]
+    dtypes: list[torch.dtype]
 
 
 class BlockPlan:
@@ -86,49 +88,89 @@ class BlockPlan:
 
     def _run_as_a_whole(self, x: Tensor) -> Tensor | None:
         """The block as one node; None where the node can't run it."""
-        ghosts = surrounding_ghost_batches()
         parameters: list[Tensor | None] = []
         for convolution, norm in self._pairs:
             parameters += (*_weights(convolution), *_tensors_of_norm(norm))
         if not runs_plain(*parameters[::6]):
             return None
         skip = run_modules(self._before, x) if self._before else None
-        run = self._describe(x, skip, parameters, 1 if ghosts is None else ghosts.number)
+        ghosts = surrounding_ghost_batches()
+        number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
+        run = self._describe(x, skip, parameters, number, lead)
         if run.problem is None:
             return None
-        y, statistics = run_residual_block(run.problem, x, skip, None, parameters)
-        if self._tracking:
-            seen = [(self._norms[i], statistics[i], run.values[i]) for i in self._tracking]
-            report_statistics(ghosts, *zip(*seen, strict=True))
+        updated = [] if ghosts is not None else [i for i in self._tracking if self._is_updated(i, run)]
+        updates = self._updates(updated) if updated else None
+        y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
+        if updated:
+            counters = [self._norms[i].num_batches_tracked for i in updated]
+            torch._foreach_add_([counter for counter in counters if counter is not None], 1)
+        reported = [i for i in self._tracking if i not in updated]
+        if reported:
+            seen = [(self._norms[i], statistics[i], run.read[i]) for i in reported]
+            report_statistics(*zip(*seen, strict=True))
         return y
 
-    def _describe(self, x: Tensor, skip: Tensor | None, parameters: list[Tensor | None], ghosts: int) -> _Run:
+    def _is_updated(self, i: int, run: _Run) -> bool:
+        return is_updated_by_the_op(self._norms[i], run.dtypes[i])
+
+    def _updates(self, updated: list[int]) -> list[tuple[Tensor, Tensor, float] | None]:
+        """Running statistics that the node writes, of each layer."""
+        updates: list[tuple[Tensor, Tensor, float] | None] = [None] * len(self._pairs)
+        for i in updated:
+            norm = self._norms[i]
+            updates[i] = norm.running_mean, norm.running_var, norm.momentum
+        return updates
+
+    def _describe(
+        self,
+        x: Tensor,
+        skip: Tensor | None,
+        parameters: list[Tensor | None],
+        ghosts: int,
+        lead_rows: int | None,
+    ) -> _Run:
         """How such inputs run; found once, as long as they have the same form."""
         key = (
             x.shape,
             x.dtype,
             None if skip is None else (skip.shape, skip.dtype),
             ghosts,
+            lead_rows,
             autocast_dtype(x),
             [weight.shape for weight in parameters[::6]],
             [attributes[name] for attributes in self._attributes for name in _GEOMETRY],
             [norm.eps for norm in self._norms],
         )
         if key != self._key:
-            self._key, self._found = key, self._find_run(x, skip, parameters, ghosts)
+            self._key, self._found = key, self._find_run(x, skip, parameters, ghosts, lead_rows)
         return self._found
 
-    def _find_run(self, x: Tensor, skip: Tensor | None, parameters: list[Tensor | None], ghosts: int) -> _Run:
-        nothing = _Run(None, [])
+    def _find_run(
+        self,
+        x: Tensor,
+        skip: Tensor | None,
+        parameters: list[Tensor | None],
+        ghosts: int,
+        lead_rows: int | None,
+    ) -> _Run:
+        nothing = _Run(None, [], [])
         if any(a["padding_mode"] != "zeros" or isinstance(a["padding"], str) for a in self._attributes):
             return nothing
-        if x.dim() != 4 or not x.shape[0] or x.shape[0] % ghosts:
+        if x.dim() != 4 or not x.shape[0] or (lead_rows is None and x.shape[0] % ghosts):
             return nothing
         geometry = tuple(Geometry(*(a[name] for name in _GEOMETRY[:4])) for a in self._attributes)
         eps = tuple(None if norm is None else norm.eps for _, norm in self._pairs)
         shortcut, preactivation = len(self._pairs) > self._depth, self._form.preactivation
         problem = Problem(
-            geometry, eps, shortcut, preactivation, ghosts, None, self._recompute, autocast_dtype(x)
+            geometry,
+            eps,
+            shortcut,
+            preactivation,
+            ghosts,
+            lead_rows,
+            self._recompute,
+            autocast_dtype(x),
         )
         shapes = [x.shape]
         for i in range(self._depth):
@@ -143,10 +185,17 @@ class BlockPlan:
             return nothing
         read = shapes[:-1] if preactivation else shapes[1:]
         read = [*read, shapes[-1]] if len(self._norms) > self._depth else read
-        values = [shape[0] // ghosts * shape[2] * shape[3] for shape in read]
-        if any(n < 2 and norm.training for n, norm in zip(values, self._norms, strict=True)):
+        rows = x.shape[0] // ghosts
+        if lead_rows is not None:
+            rows = min(lead_rows, (x.shape[0] - lead_rows) // (ghosts - 1))
+        if any(
+            norm.training and rows * shape[2] * shape[3] < 2
+            for norm, shape in zip(self._norms, read, strict=True)
+        ):
             return nothing  # refused, in words, where the norm runs by itself
-        return _Run(problem, values)
+        dtypes = [problem.dtype or x.dtype] * len(read)
+        dtypes[0] = x.dtype if preactivation else dtypes[0]
+        return _Run(problem, read, dtypes)
 
 
 def _split(

@@ -20,6 +20,7 @@ from .synchronized import group_of, synchronized_batch_norm
 __all__ = [
     "OnStatistics",
     "ghost_batches",
+    "is_updated_by_the_op",
     "report_statistics",
     "run_batch_norm",
     "run_batch_norm_layer",
@@ -118,7 +119,7 @@ def run_batch_norm(
         )
         y = y if residual is None else y + residual
         y = relu(y) if activation == "relu" else y
-    elif ghosts is None and _is_updated_by_the_op(layer, x):
+    elif ghosts is None and is_updated_by_the_op(layer, x.dtype):
         running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
         y = ghost_batch_norm(
             x, layer.weight, layer.bias, ghosts=1, **running, momentum=layer.momentum, **options
@@ -128,7 +129,7 @@ def run_batch_norm(
         return y
     else:
         y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, lead_rows=lead, **options)
-        unbiased_var = _unbiased(var, x, lead)
+        unbiased_var = _unbiased(var, x.shape, lead)
     if _tracks(layer) and x.numel():
         if ghosts is None:
             _update_running_statistics(layer, mean[0], unbiased_var[0])
@@ -137,17 +138,17 @@ def run_batch_norm(
     return y
 
 
-def _unbiased(var: Tensor, x: Tensor, lead: int | None) -> Tensor:
-    """The unbiased variances (m, C) from the biased ones."""
-    positions = x.shape[2:].numel()
+def _unbiased(var: Tensor, shape: torch.Size, lead: int | None) -> Tensor:
+    """The unbiased variances (m, C) from the biased ones of x of this shape."""
+    positions = shape[2:].numel()
 
     def of_rows(variances: Tensor, rows: int) -> Tensor:
         values = rows * positions // len(variances)
         return variances * (values / max(values - 1, 1))
 
     if lead is None:
-        return of_rows(var, x.shape[0])
-    return torch.cat([of_rows(var[:1], lead), of_rows(var[1:], x.shape[0] - lead)])
+        return of_rows(var, shape[0])
+    return torch.cat([of_rows(var[:1], lead), of_rows(var[1:], shape[0] - lead)])
 
 
 def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:
@@ -163,57 +164,48 @@ def _tracks(layer: _BatchNorm) -> bool:
     return layer.training and layer.track_running_stats and layer.running_mean is not None
 
 
-def _is_updated_by_the_op(layer: _BatchNorm, x: Tensor) -> bool:
+def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
     """Whether the kernel can write the running statistics: a given momentum, and the dtype of its own statistics."""
     return (
         _tracks(layer)
         and type(layer.momentum) in (float, int)
-        and layer.running_mean.dtype == layer.running_var.dtype == accumulation_dtype(x.dtype)
+        and layer.running_mean.dtype == layer.running_var.dtype == accumulation_dtype(dtype)
         and not (layer.running_mean.requires_grad or layer.running_var.requires_grad)
     )
 
 
 def report_statistics(
-    ghosts: _Ghosts | None,
     layers: Sequence[_BatchNorm],
     statistics: Sequence[Tensor],
-    values: Sequence[int],
+    shapes: Sequence[torch.Size],
 ) -> None:
     """Hands on what layers saw that track running statistics, as `run_batch_norm` does for one.
 
     Args:
-        ghosts: the surrounding `ghost_batches`.
         layers: the layers that ran.
         statistics: (3, m, C) of each: mean, what rounding took from it, biased variance.
-        values: values of a channel in a ghost batch, of each.
+        shapes: of what each read.
     """
+    ghosts = _current.get()
     if ghosts is not None and ghosts.on_statistics is None:
         return
     means, _, variances = zip(*[found.unbind() for found in statistics], strict=True)
+    lead = None if ghosts is None else ghosts.lead_rows(shapes[0][0])
     with torch.no_grad():
-        variances = torch._foreach_mul(variances, [n / max(n - 1, 1) for n in values])
-        if ghosts is None:
-            _update_together(layers, means, variances)
-            return
+        if lead is None:
+            values = [
+                shape[0] * shape[2:].numel() // len(mean) for shape, mean in zip(shapes, means, strict=True)
+            ]
+            variances = torch._foreach_mul(variances, [n / max(n - 1, 1) for n in values])
+        else:
+            variances = [
+                _unbiased(variance, shape, lead) for variance, shape in zip(variances, shapes, strict=True)
+            ]
     for layer, mean, variance in zip(layers, means, variances, strict=True):
-        ghosts.on_statistics(layer, mean, variance)
-
-
-def _update_together(
-    layers: Sequence[_BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor]
-) -> None:
-    """The running statistics of layers whose one ghost batch had these, (1, C) each; in few launches."""
-    momenta = {layer.momentum for layer in layers}
-    counters = [layer.num_batches_tracked for layer in layers]
-    running = [r for layer in layers for r in (layer.running_mean, layer.running_var)]
-    alike = len(momenta) == 1 and None not in momenta and None not in counters
-    if not alike or any(r.dtype != means[0].dtype for r in running):
-        for layer, mean, variance in zip(layers, means, variances, strict=True):
+        if ghosts is None:
             _update_running_statistics(layer, mean[0], variance[0])
-        return
-    seen = [s[0] for pair in zip(means, variances, strict=True) for s in pair]
-    torch._foreach_add_(counters, 1)
-    torch._foreach_lerp_(running, seen, momenta.pop())
+        else:
+            ghosts.on_statistics(layer, mean, variance)
 
 
 @torch.no_grad()

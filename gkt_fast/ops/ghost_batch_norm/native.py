@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -11,6 +12,10 @@ from ..native import DTYPES, check_capability, cuda_stream
 from .problem import Problem, strides_of
 
 __all__ = ["CppBackend", "CudaBackend"]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -24,6 +29,18 @@ def _activation(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int,
     return tensor.data_ptr(), *strides_of(tensor, problem)
 
 
+def _activations(problem: Problem, *tensors: Tensor | None) -> list[tuple[int, int, int, int]]:
+    """`_activation` of each; mostly all have the strides of the first."""
+    first, found = tensors[0].stride(), strides_of(tensors[0], problem)
+    return [
+        (tensor.data_ptr(), *found)
+        if tensor is not None and tensor.stride() == first
+        else _activation(tensor, problem)
+        for tensor in tensors
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
 def _native_shape(problem: Problem) -> tuple[int, ...]:
     return DTYPES[problem.dtype], problem.channels_last, *problem.sizes, problem.lead_rows
 
@@ -60,19 +77,20 @@ class _NativeBackend:
         running_mean=None,
         running_var=None,
     ) -> None:
-        weight, bias, keep = (None if v is None else v.contiguous() for v in (weight, bias, keep))
+        weight, bias, keep = _dense(weight), _dense(bias), _dense(keep)
         scratch = self._scratch(problem, statistics)
+        at_x, at_residual, at_y = _activations(problem, x, residual, y)
         self._forward(
             _native_shape(problem),
             problem.eps,
             problem.relu,
             problem.use_running,
-            _activation(x, problem),
-            _activation(residual, problem),
+            at_x,
+            at_residual,
             _address(weight),
             _address(bias),
             _address(keep),
-            _activation(y, problem),
+            at_y,
             _address(statistics),
             _address(mask),
             _address(running_mean),
@@ -97,21 +115,22 @@ class _NativeBackend:
         grad_bias,
     ) -> None:
         statistics = statistics.contiguous()
-        weight, keep = (None if v is None else v.contiguous() for v in (weight, keep))
+        weight, keep = _dense(weight), _dense(keep)
         scratch = self._scratch(problem, statistics)
+        at_x, at_grad_y, at_grad_x, at_grad_residual = _activations(problem, x, grad_y, grad_x, grad_residual)
         self._backward(
             _native_shape(problem),
             problem.eps,
             problem.relu,
             problem.use_running,
-            _activation(grad_y, problem),
-            _activation(x, problem),
+            at_grad_y,
+            at_x,
             _address(weight),
             _address(statistics),
             _address(mask),
             _address(keep),
-            _activation(grad_x, problem),
-            _activation(grad_residual, problem),
+            at_grad_x,
+            at_grad_residual,
             _address(grad_weight),
             _address(grad_bias),
             _address(scratch),

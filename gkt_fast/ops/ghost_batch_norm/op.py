@@ -196,7 +196,7 @@ def _reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows):
     if x.numel():
         problem = describe(x, channels_last, ghosts, relu, eps, True, lead_rows)
         tensors = x, None, weight, bias, None, y, statistics.contiguous(), mask
-        _run(problem, x, lambda backend: backend.forward(problem, *tensors))
+        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors))
     return y, mask
 
 

@@ -1,6 +1,6 @@
 """A residual block of several states as one op: convolutions, batch norms per ghost batch, the addition and ReLU."""
 
-from .op import autocast_dtype, residual_block, run_residual_block
+from .op import autocast_dtype, residual_block, run_plain_residual_block
 from .problem import Convolution, Geometry, Norm, Problem
 from .reference import residual_block_reference
 
@@ -12,5 +12,5 @@ __all__ = [
     "autocast_dtype",
     "residual_block",
     "residual_block_reference",
-    "run_residual_block",
+    "run_plain_residual_block",
 ]

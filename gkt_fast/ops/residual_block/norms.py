@@ -38,6 +38,8 @@ def _prepare(
     relu: bool,
     eps: float,
     use_running: bool,
+    lead_rows: int | None,
+    momentum: float | None = None,
 ) -> _Prepared | None:
     """None where kernels can't read it in place, or it is empty."""
     if 0 in shape:
@@ -46,7 +48,7 @@ def _prepare(
     read, channels_last = readable(example)
     if read is not example or torch.empty_like(example).stride() != stride:
         return None
-    problem = describe(example, channels_last, ghosts, relu, eps, use_running)
+    problem = describe(example, channels_last, ghosts, relu, eps, use_running, lead_rows, momentum)
     mask = mask_size(shape, channels_last) if relu else 0
     return _Prepared(problem, accumulation_dtype(dtype), (3, ghosts, shape[1]), mask)
 
@@ -64,26 +66,46 @@ class NormsOn:
         self._backend = backend
 
     def forward(
-        self, x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows
+        self,
+        x,
+        weight,
+        bias,
+        residual,
+        keep,
+        running_mean,
+        running_var,
+        ghosts,
+        relu,
+        eps,
+        lead_rows,
+        momentum=None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stride = x.stride()
+        stride, updates = x.stride(), momentum is not None
         prepared = None
-        if running_mean is None and lead_rows is None and (residual is None or residual.stride() == stride):
-            prepared = _prepare(x.shape, stride, x.dtype, ghosts, relu, eps, False)
-        if prepared is None:
+        if updates == (running_mean is not None) and (residual is None or residual.stride() == stride):
+            prepared = _prepare(x.shape, stride, x.dtype, ghosts, relu, eps, False, lead_rows, momentum)
+        if prepared is None or (
+            updates and not (running_mean.is_contiguous() and running_var.is_contiguous())
+        ):
             return PASSES.forward(
-                x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows
-            )
+                x, weight, bias, residual, keep, running_mean, running_var,
+                ghosts, relu, eps, lead_rows, momentum,
+            )  # fmt: skip
         y = torch.empty_like(x)
         statistics = x.new_empty(prepared.statistics, dtype=prepared.dtype)
         mask = x.new_empty(prepared.mask, dtype=torch.uint8)
-        self._backend.forward(prepared.problem, x, residual, weight, bias, keep, y, statistics, mask)
+        running = (running_mean, running_var) if updates else ()
+        self._backend.forward(
+            prepared.problem, x, residual, weight, bias, keep, y, statistics, mask, *running
+        )
+        if updates:
+            torch.autograd.graph.increment_version(running)
         return y, statistics, mask
 
     def reapply(self, x, weight, bias, statistics, ghosts, relu, eps, lead_rows) -> tuple[Tensor, Tensor]:
         prepared = None
-        if lead_rows is None and statistics.is_contiguous():
-            prepared = _prepare(x.shape, x.stride(), x.dtype, ghosts, relu, eps, True)
+        if statistics.is_contiguous():
+            prepared = _prepare(x.shape, x.stride(), x.dtype, ghosts, relu, eps, True, lead_rows)
         if prepared is None:
             return PASSES.reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows)
         y = torch.empty_like(x)
@@ -96,8 +118,8 @@ class NormsOn:
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         stride = x.stride()
         prepared = None
-        if lead_rows is None and grad_y.stride() == stride:
-            prepared = _prepare(x.shape, stride, x.dtype, ghosts, relu, eps, use_running)
+        if grad_y.stride() == stride:
+            prepared = _prepare(x.shape, stride, x.dtype, ghosts, relu, eps, use_running, lead_rows)
         if prepared is None:
             return PASSES.backward(
                 grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows

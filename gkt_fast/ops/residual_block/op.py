@@ -27,10 +27,10 @@ from ..ghost_batch_norm.op import NAME as NORM
 from ..registry import run
 from .checks import check_arguments
 from .norms import NormsOn
-from .passes import Saved, backward, forward
+from .passes import Saved, Updates, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
 
-__all__ = ["autocast_dtype", "residual_block", "run_residual_block"]
+__all__ = ["autocast_dtype", "residual_block", "run_plain_residual_block", "run_residual_block"]
 
 NAME = "residual_block"
 
@@ -102,14 +102,27 @@ def run_residual_block(
     parameters: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor]]:
     """y and statistics (3, m, C) of each norm, of arguments that are known to be right; see `residual_block`."""
-    if not library.runs_plain(x):
-        y, statistics, _ = _op(x, skip, keep, parameters, *problem.flatten())
-        return y, statistics
+    if library.runs_plain(x):
+        return run_plain_residual_block(problem, x, skip, keep, parameters, None)
+    y, statistics, _ = _op(x, skip, keep, parameters, *problem.flatten())
+    return y, statistics
+
+
+def run_plain_residual_block(
+    problem: Problem,
+    x: Tensor,
+    skip: Tensor | None,
+    keep: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    updates: Updates | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same where nothing but torch's kernels sees what runs (`library.runs_plain`); norms of a single ghost batch
+    can update running statistics, see `passes.forward`."""
     if not torch.is_grad_enabled():
-        y, statistics, _ = _run_forward(problem, x, skip, keep, parameters)
+        y, statistics, _ = _run_forward(problem, x, skip, keep, parameters, updates)
         return y, statistics
     statistics: list[Tensor] = []
-    return _Differentiated.apply(problem, statistics, x, skip, keep, *parameters), statistics
+    return _Differentiated.apply(problem, (statistics, updates), x, skip, keep, *parameters), statistics
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -120,12 +133,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _run_forward(problem, x, skip, keep, parameters):
+def _run_forward(problem, x, skip, keep, parameters, updates=None):
     def on(backend):
-        return forward(NormsOn(backend), problem, x, skip, keep, parameters)
+        return forward(NormsOn(backend), problem, x, skip, keep, parameters, updates)
 
     with library.below_everything():
-        y, statistics, saved = run(NORM, x.device.type, problem.dtype or x.dtype, on)
+        y, statistics, saved = run(NORM, x.device, problem.dtype or x.dtype, on)
     return y, statistics, saved.flatten()
 
 
@@ -138,7 +151,7 @@ def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved,
         )
 
     with library.below_everything():
-        return run(NORM, x.device.type, problem.dtype or x.dtype, on)
+        return run(NORM, x.device, problem.dtype or x.dtype, on)
 
 
 def _forward_op(x, skip, keep, parameters, *options):
@@ -166,7 +179,8 @@ def _fake_backward_op(grad_y, x, skip, keep, parameters, statistics, saved, need
 
 
 class _Differentiated(Function):
-    """`heard` is a list that receives the statistics, or None: then they are results, and so is what is saved."""
+    """`heard` is a list that receives the statistics, with the updates of running ones; or None: statistics are then
+    results, and so is what is saved."""
 
     @staticmethod
     def forward(ctx, problem, heard, x, skip, keep, *parameters):
@@ -174,8 +188,8 @@ class _Differentiated(Function):
             y, statistics, saved = library.below_autograd(_op, x, skip, keep, parameters, *problem.flatten())
             ctx.mark_non_differentiable(*statistics, *saved)
         else:
-            y, statistics, saved = _run_forward(problem, x, skip, keep, parameters)
-            heard.extend(statistics)
+            y, statistics, saved = _run_forward(problem, x, skip, keep, parameters, heard[1])
+            heard[0].extend(statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, skip, keep, *parameters, *statistics, *saved)
         ctx.problem = problem

@@ -51,23 +51,50 @@ class Saved(NamedTuple):
         return cls(tensors[:convolved], tensors[convolved : convolved + masks], tensors[convolved + masks :])
 
 
+Updates = list["tuple[Tensor, Tensor, float] | None"]
+"""Running mean, running variance and momentum of each layer's norm that updates them; what was done becomes None."""
+
+
 def forward(
-    passes: Passes, problem: Problem, x: Tensor, skip: Tensor | None, keep: Tensor | None, parameters: Tensors
+    passes: Passes,
+    problem: Problem,
+    x: Tensor,
+    skip: Tensor | None,
+    keep: Tensor | None,
+    parameters: Tensors,
+    updates: Updates | None = None,
 ) -> tuple[Tensor, list[Tensor], Saved]:
-    """y, the statistics of every norm in the order of the layers, and what backward needs."""
+    """y, the statistics of every norm in the order of the layers, and what backward needs.
+
+    Args:
+        passes: of the norms.
+        problem: of the block.
+        x: the block's input.
+        skip: what the shortcut reads, where that isn't x.
+        keep: of `residual_block`.
+        parameters: `SLOTS` tensors of each layer.
+        updates: running statistics to write; None: none. A pass that fails may be run again with what is left.
+    """
     run = _forward_preactivation if problem.preactivation else _forward
-    return run(passes, problem, x, skip, keep, parameters)
+    updates = [None] * len(problem.convolutions) if updates is None else updates
+    return run(passes, problem, x, skip, keep, parameters, updates)
 
 
 def _forward(
-    passes: Passes, problem: Problem, x: Tensor, skip: Tensor | None, keep: Tensor | None, parameters: Tensors
+    passes: Passes,
+    problem: Problem,
+    x: Tensor,
+    skip: Tensor | None,
+    keep: Tensor | None,
+    parameters: Tensors,
+    updates: Updates,
 ) -> tuple[Tensor, list[Tensor], Saved]:
     last = problem.depth - 1
     saved, statistics = Saved([], [], []), []
     a = x
     for i in range(last):
         c = _convolve(problem, i, a, parameters)
-        a, found, mask = _normalize(passes, problem, i, c, parameters)
+        a, found, mask = _normalize(passes, problem, i, c, parameters, updates)
         saved.convolved.append(c)
         statistics.append(found)
         if not problem.recompute:
@@ -80,8 +107,10 @@ def _forward(
         residual = _convolve(problem, last + 1, residual, parameters)
         if problem.eps[-1] is not None:
             saved.convolved.append(residual)
-            residual, of_shortcut, _ = _normalize(passes, problem, last + 1, residual, parameters, relu=False)
-    y, found, mask = _normalize(passes, problem, last, c, parameters, residual=residual, keep=keep)
+            residual, of_shortcut, _ = _normalize(
+                passes, problem, last + 1, residual, parameters, updates, relu=False
+            )
+    y, found, mask = _normalize(passes, problem, last, c, parameters, updates, residual=residual, keep=keep)
     saved.masks.append(mask)
     statistics.append(found)
     if problem.shortcut and problem.eps[-1] is not None:
@@ -90,12 +119,18 @@ def _forward(
 
 
 def _forward_preactivation(
-    passes: Passes, problem: Problem, x: Tensor, skip: None, keep: Tensor | None, parameters: Tensors
+    passes: Passes,
+    problem: Problem,
+    x: Tensor,
+    skip: None,
+    keep: Tensor | None,
+    parameters: Tensors,
+    updates: Updates,
 ) -> tuple[Tensor, list[Tensor], Saved]:
     saved, statistics = Saved([], [], []), []
     y, residual = x, x
     for i in range(problem.depth):
-        a, found, mask = _normalize(passes, problem, i, y, parameters)
+        a, found, mask = _normalize(passes, problem, i, y, parameters, updates)
         statistics.append(found)
         if i > 0:
             saved.convolved.append(y)
@@ -280,16 +315,22 @@ def _normalize(
     i: int,
     x: Tensor,
     parameters: Tensors,
+    updates: Updates,
     relu: bool = True,
     residual: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, statistics and mask of norm i."""
     weight, bias = _of_norm(x, parameters, i)
+    update = updates[i]
     mean, var = parameters[SLOTS * i + 4 : SLOTS * i + 6]
-    return passes.forward(
-        x, weight, bias, residual, keep, mean, var, problem.ghosts, relu, problem.eps[i], problem.lead_rows
-    )
+    options = problem.ghosts, relu, problem.eps[i], problem.lead_rows
+    if update is None:
+        return passes.forward(x, weight, bias, residual, keep, mean, var, *options)
+    mean, var, momentum = update
+    results = passes.forward(x, weight, bias, residual, keep, mean, var, *options, momentum)
+    updates[i] = None
+    return results
 
 
 def _dropped(problem: Problem, keep: Tensor | None, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
