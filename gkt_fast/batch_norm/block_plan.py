@@ -16,6 +16,9 @@ from .layer import is_updated_by_the_op, report_statistics, surrounding_ghost_ba
 
 __all__ = ["BlockPlan"]
 
+_KEPT_RUNS = 64
+"""Forms of inputs that are remembered, of batches and images that change their size."""
+
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -50,7 +53,7 @@ class BlockPlan:
         self._form = form
         self._recompute = block.recompute
         self._whole = False
-        self._key: tuple | None = None
+        self._runs: dict[tuple, _Run] = {}
         self.reason = reason_against(block, form)
         if self.reason is None:
             self._layers = [getattr(block, name) for name in form.layers]
@@ -138,13 +141,16 @@ class BlockPlan:
             ghosts,
             lead_rows,
             autocast_dtype(x),
-            [weight.shape for weight in parameters[::6]],
-            [attributes[name] for attributes in self._attributes for name in _GEOMETRY],
-            [norm.eps for norm in self._norms],
+            *[weight.shape for weight in parameters[::6]],
+            *[attributes[name] for attributes in self._attributes for name in _GEOMETRY],
+            *[norm.eps for norm in self._norms],
         )
-        if key != self._key:
-            self._key, self._found = key, self._find_run(x, skip, parameters, ghosts, lead_rows)
-        return self._found
+        run = self._runs.get(key)
+        if run is None:
+            if len(self._runs) == _KEPT_RUNS:
+                self._runs.clear()
+            run = self._runs[key] = self._find_run(x, skip, parameters, ghosts, lead_rows)
+        return run
 
     def _find_run(
         self,

@@ -18,7 +18,14 @@ from ..network.recomputation import recomputing
 from ..subnets.plan import Layer
 from ..subnets.streams import Streams
 
-__all__ = ["RECOMPUTED", "StackingError", "allow_recomputation", "forbid_recomputation", "reason_against"]
+__all__ = [
+    "RECOMPUTED",
+    "StackingError",
+    "allow_recomputation",
+    "batch_norms",
+    "forbid_recomputation",
+    "reason_against",
+]
 
 
 class StackingError(SharedStateError):
@@ -27,7 +34,7 @@ class StackingError(SharedStateError):
 
 def reason_against(network: Network, streams: Streams) -> str | None:
     """Why states of this network can't be stacked; None: nothing that can be seen before it runs."""
-    reason = _norm_against(network.model)
+    reason = network.once("norm against", lambda: _norm_against(network.model))
     if reason is not None:
         return reason
     layers = network.layers(streams.config.independent_noise)
@@ -91,19 +98,26 @@ def _norm_against(model: nn.Module) -> str | None:
     return None
 
 
-def forbid_recomputation(model: nn.Module, loss: Tensor) -> None:
+def batch_norms(network: Network) -> list[nn.Module]:
+    """The batch norms of the network's model."""
+    return network.once("batch norms", lambda: [m for m in network.model.modules() if is_batch_norm(m)])
+
+
+def forbid_recomputation(network: Network, loss: Tensor) -> None:
     """While backward runs, a BatchNorm that is called would take all stacked states for one batch: it refuses."""
-    layers = [module for module in model.modules() if is_batch_norm(module) and module.training]
+    layers = [layer for layer in batch_norms(network) if layer.training]
 
     def forbid(gradient: Tensor) -> None:
-        allow_recomputation(layers)  # of a backward that failed
-        for layer in layers:
-            layer.register_forward_pre_hook(_refuse_recomputation)
+        for layer in layers:  # `register_forward_pre_hook` would take longer than all the rest of this
+            layer._forward_pre_hooks[_REFUSAL] = _refuse_recomputation
         torch.autograd.Variable._execution_engine.queue_callback(lambda: allow_recomputation(layers))
 
     if layers and loss.requires_grad:
         loss.register_hook(forbid)
 
+
+_REFUSAL = -1
+"""The key of a hook; torch's own are not negative."""
 
 RECOMPUTED = (
     "a BatchNorm would be recomputed during backward (activation checkpointing), where execution='stacked' can't tell "
@@ -118,6 +132,4 @@ def _refuse_recomputation(layer: nn.Module, args: tuple) -> None:
 
 def allow_recomputation(layers: list[nn.Module]) -> None:
     for layer in layers:
-        for key, hook in [*layer._forward_pre_hooks.items()]:
-            if hook is _refuse_recomputation:
-                del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks.pop(_REFUSAL, None)

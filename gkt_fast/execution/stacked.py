@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from ..batch_norm.fusion import FusedBlock
 from ..batch_norm.kinds import is_batch_norm
 from ..batch_norm.layer import ghost_batches, run_batch_norm_layer
 from ..batch_norm.statistics import StreamStatistics
 from ..network.block_order import BlockOrder
+from ..network.calls import leaves_of
 from ..network.inputs import call_model
 from ..network.interception import Site, find_layers, intercept
 from ..network.network import Network
@@ -36,7 +37,14 @@ from ..subnets.plan import Layer, Plan, make_plan
 from ..subnets.streams import Streams
 from .partition import Rows, lead_and_kept
 from .share import Share, share_of
-from .stackable import RECOMPUTED, StackingError, allow_recomputation, forbid_recomputation, reason_against
+from .stackable import (
+    RECOMPUTED,
+    StackingError,
+    allow_recomputation,
+    batch_norms,
+    forbid_recomputation,
+    reason_against,
+)
 from .step import Mode, StepResult
 from .stream_loss import step_loss
 
@@ -58,7 +66,7 @@ def run_stacked(
     share = share_of(streams, inputs)
     logits, full = _stacked_logits(network, inputs, streams, share, watch=not network.returns)
     loss, terms, learnt = step_loss(logits, targets, streams, full, share)
-    forbid_recomputation(network.model, loss)
+    forbid_recomputation(network, loss)
     return StepResult(loss, terms, (logits[0] if full is None else full).detach(), learnt)
 
 
@@ -78,8 +86,8 @@ def _stacked_logits(
     plan = make_plan(network.layers(independent_noise), streams.dropped)
     statistics = StreamStatistics(streams.all_update_statistics)
     stack = _Stack(plan, network, statistics, independent_noise=independent_noise, share=share)
-    allow_recomputation([module for module in network.model.modules() if is_batch_norm(module)])
-    norms = find_layers(network.model, is_batch_norm)
+    allow_recomputation(batch_norms(network))
+    norms = network.once("outer batch norms", lambda: _batch_norms_outside_fused_blocks(network.model))
     with (
         _RefuseDecisions() if watch else nullcontext(),
         intercept(network.model, norms, _call_batch_norm),
@@ -89,6 +97,12 @@ def _stacked_logits(
     stack.order.end_stream()
     statistics.update()
     return logits
+
+
+def _batch_norms_outside_fused_blocks(model: nn.Module) -> list[Site]:
+    """Those that don't run per ghost batch by themselves."""
+    sites = find_layers(model, lambda module: is_batch_norm(module) or isinstance(module, FusedBlock))
+    return [site for site in sites if is_batch_norm(model.get_submodule(site.path))]
 
 
 class _RefuseDecisions(TorchFunctionMode):
@@ -173,7 +187,7 @@ class _Stack:
         return output
 
     def _run_block(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of(args, kwargs) if isinstance(leaf, Tensor)]
         if not args or [*map(id, tensors)] != [id(args[0])]:
             raise StackingError(
                 f"block {site.path!r} takes {len(tensors)} tensors; execution='stacked' needs blocks that take one "

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "SharedStateError",
+    "leaves_of",
     "logits_of",
     "run_on_shared_input",
     "skip_block",
@@ -41,10 +42,10 @@ def run_on_shared_input(
     writes = writes_input.get(path)
     if writes is not False:
         args, kwargs = _copy((args, kwargs))
-    inputs = tree_leaves((args, kwargs))
-    before = versions(inputs)
+    inputs = leaves_of(args, kwargs)
+    before = _versions(inputs)
     output = module(*args, **kwargs)
-    written = versions(inputs) != before
+    written = _versions(inputs) != before
     if writes is None:
         writes_input[path] = written
     elif written and not writes:
@@ -55,11 +56,20 @@ def run_on_shared_input(
     return output
 
 
+def leaves_of(args: tuple, kwargs: dict) -> list[Any]:
+    """Everything in nested arguments; mostly they are one tensor, for which that takes no walk."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]]
+    return tree_leaves((args, kwargs))
+
+
 def versions(values: Any) -> list[int]:
     """How often each tensor in nested tuples, lists and dicts was written to."""
-    return [
-        leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_inference()
-    ]
+    return _versions(tree_leaves(values))
+
+
+def _versions(leaves: list[Any]) -> list[int]:
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _copy(values: Any) -> Any:

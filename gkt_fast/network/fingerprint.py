@@ -10,6 +10,7 @@ from torch import nn
 
 __all__ = ["Watch"]
 
+_COMPILED = "_compiled_call_impl"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,5 +52,6 @@ class Watch:
             tuple([attributes.get(name) for attributes, name in self._flags]),
             tuple([tuple(hooks) for hooks in self._hooks if hooks]),
             tuple([id(attributes["forward"]) for attributes in self._attributes if "forward" in attributes]),
+            tuple([i for i, attributes in enumerate(self._attributes) if attributes.get(_COMPILED)]),
             tuple(torch_module._global_forward_hooks) + tuple(torch_module._global_forward_pre_hooks),
         )

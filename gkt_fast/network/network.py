@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -26,6 +26,8 @@ __all__ = ["Network"]
 
 KEPT_FORMS = 16
 """Forms of inputs whose layers stay counted, for images whose size changes from batch to batch."""
+
+Found = TypeVar("Found")
 
 logger = logging.getLogger("gkt_fast")
 
@@ -76,6 +78,8 @@ class Network:
         self.agreed = False
         self.looked_for_noise = False
         self._watch: Watch | None = None
+        self._setup: Hashable = None
+        self._found: dict[str, Any] = {}
         self._verdicts_of: dict[Hashable, dict[str, str | None]] = {}
         self._told: set[str] = set()
         self._form: list[Any] = []
@@ -90,6 +94,7 @@ class Network:
         other = copy.copy(self)
         other.model = model
         other.agreed, other._verdicts_of = self.agreed, self._verdicts_of
+        other._found = {}
         return other
 
     @property
@@ -100,15 +105,30 @@ class Network:
     def note_setup(self) -> None:
         """Looks whether modules, modes, flags, hooks or the form of the inputs changed; `verdicts` are those of now."""
         if self._watch is None or not self._watch.is_current(self.model):
-            self._watch = Watch(self.model)
+            self._watch, self._setup = Watch(self.model), None
         form = tuple((len(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in self._form)
         setup = self._watch.fingerprint(), form, torch.is_grad_enabled()
+        if setup != self._setup:
+            self._setup, self._found = setup, {}
         self.verdicts = self._verdicts_of.setdefault(setup, {})
+
+    def once(self, what: str, find: Callable[[], Found]) -> Found:
+        """What `find` finds in the model, which depends on what `note_setup` notes and on nothing else; asked once.
+
+        Args:
+            what: its name.
+            find: walks the model.
+        """
+        if what not in self._found:
+            self._found[what] = find()
+        return self._found[what]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found anew: verdicts, and values of a batch."""
         return self.__dict__ | {
             "_watch": None,
+            "_setup": None,
+            "_found": {},
             "_verdicts_of": {},
             "verdicts": {},
             "agreed": False,
