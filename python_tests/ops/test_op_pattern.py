@@ -9,7 +9,13 @@ import torch
 from helpers.backends import running_on
 from torch.utils.checkpoint import checkpoint
 
-from gkt_fast import GKTConfig, GroupKnowledgeLoss, ghost_batch_norm, group_knowledge_loss
+from gkt_fast import (
+    GKTConfig,
+    GroupKnowledgeLoss,
+    ghost_batch_norm,
+    group_knowledge_loss,
+    residual_block,
+)
 from gkt_fast.ops import (
     BackendError,
     GroupKnowledge,
@@ -17,7 +23,9 @@ from gkt_fast.ops import (
     ghost_batch_norm_reference,
     group_knowledge_loss_reference,
     registry,
+    residual_block_reference,
 )
+from gkt_fast.ops.residual_block import Convolution, Norm
 
 OPTIONS = LossOptions(ema=0.3, temperature=2.0, normalize_logits=True, subnet_ce_weight=0.25)
 TARGETS = torch.arange(5)
@@ -31,7 +39,14 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return ghost_batch_norm(x, None, None, ghosts=2, activation="identity")[0].pow(3).sum()
 
 
+def block(x: torch.Tensor, function=residual_block) -> torch.Tensor:
+    layers = [Convolution(torch.eye(3, dtype=x.dtype)[:, :, None, None]) for _ in range(2)]
+    return function(x, layers, [Norm(), Norm()], ghosts=2)[0].pow(3).sum()
+
+
 def reference_of(function):
+    if function is block:
+        return lambda x: block(x, residual_block_reference)
     if function is loss:
         return lambda z: group_knowledge_loss_reference(z, TARGETS, options=OPTIONS)[0]
     return lambda x: (
@@ -39,7 +54,13 @@ def reference_of(function):
     )
 
 
-CASES = {"group_knowledge_loss": (loss, (4, 5, 7)), "ghost_batch_norm": (norm, (4, 3, 2, 2))}
+CASES = {
+    "group_knowledge_loss": (loss, (4, 5, 7)),
+    "ghost_batch_norm": (norm, (4, 3, 2, 2)),
+    "residual_block": (block, (4, 3, 2, 2)),
+}
+BACKENDS_OF = {"residual_block": "ghost_batch_norm"}
+"""The op whose backends an op without any of its own runs on."""
 
 
 @pytest.fixture(params=["torch", "cpp"])
@@ -52,7 +73,7 @@ def case(request, backend):
     """(name of the op, function, input in float64)."""
     function, shape = CASES[request.param]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with running_on(request.param, backend):
+    with running_on(BACKENDS_OF.get(request.param, request.param), backend):
         yield request.param, function, x
 
 

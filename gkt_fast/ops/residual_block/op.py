@@ -192,7 +192,7 @@ class _Differentiated(Function):
             heard[0].extend(statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, skip, keep, *parameters, *statistics, *saved)
-        ctx.problem = problem
+        ctx.problem, ctx.plain = problem, heard is not None
         ctx.counts = len(parameters), len(statistics)
         return y if heard is not None else (y, *statistics, *saved)
 
@@ -212,7 +212,7 @@ class _Differentiated(Function):
         needs = [needs_x, needs_skip, *needs]
         if not any(needs):
             return nothing
-        if library.runs_plain(grad_y):
+        if ctx.plain and library.runs_plain(grad_y):
             gradients = _run_backward(
                 ctx.problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
             )

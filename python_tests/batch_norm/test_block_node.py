@@ -1,0 +1,250 @@
+"""Fused blocks as one autograd node: when they run so, what they hand over, what they keep."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from gkt_fast import fuse_blocks
+from gkt_fast.models.cifar_resnet import BasicBlock, cifar_resnet
+
+resnet = pytest.importorskip("torchvision.models.resnet")
+
+
+def bottleneck() -> nn.Module:
+    projection = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    return resnet.Bottleneck(8, 4, 2, projection)
+
+
+def pair(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A block in float64 and its fused copy."""
+    block = block.double()
+    fused = copy.deepcopy(block)
+    assert fuse_blocks(nn.Sequential(fused))
+    return block, fused
+
+
+def images(channels=8) -> torch.Tensor:
+    return torch.randn(4, channels, 6, 5, dtype=torch.float64, requires_grad=True)
+
+
+def runs_as_one_node(y: torch.Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_DifferentiatedBackward"
+
+
+def same(block: nn.Module, fused: nn.Module, x: torch.Tensor, tolerance=1e-10) -> torch.Tensor:
+    """Outputs, gradients and buffers agree; returns the fused output."""
+    results = []
+    for module in (block, fused):
+        y = module(x)
+        sources = [x, *(p for p in module.parameters() if p.requires_grad)]
+        weight = torch.arange(1, y.numel() + 1, dtype=y.dtype).reshape(y.shape).cos()
+        results.append((y, *torch.autograd.grad((y * weight).sum(), sources)))
+    for actual, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+    for actual, wanted in zip(fused.buffers(), block.buffers(), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    return results[1][0]
+
+
+@pytest.mark.parametrize("make", [lambda: BasicBlock(8, 8), lambda: BasicBlock(8, 12, 2), bottleneck])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_block_is_one_node(make, recompute):
+    block = make().double()
+    fused = copy.deepcopy(block)
+    fuse_blocks(nn.Sequential(fused), recompute=recompute)
+    for _ in range(3):
+        assert runs_as_one_node(same(block, fused, images()))
+    twin = copy.deepcopy(fused)
+    assert twin.recompute is recompute and list(vars(twin)) == [n for n in vars(fused) if n != "_fused_plan"]
+    same(block.eval(), twin.eval(), images())
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_momentum_and_statistics_that_are_not_tracked(momentum):
+    block = bottleneck()
+    block.bn1.momentum = block.downsample[1].momentum = momentum
+    block.bn2.track_running_stats = False
+    pair_ = pair(block)
+    for _ in range(3):
+        assert runs_as_one_node(same(*pair_, images()))
+
+
+def test_parametrised_convolutions_are_read_at_every_call():
+    block = bottleneck()
+    parametrizations.weight_norm(block.conv2)
+    block, fused = pair(block)
+    assert runs_as_one_node(same(block, fused, images()))
+    with torch.no_grad():
+        for module in (block, fused):
+            module.conv2.parametrizations.weight.original0.mul_(2)
+    same(block, fused, images())
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def change_padding(block):
+    block.conv1.padding_mode = "reflect"
+
+
+def change_class(block):
+    halved = Halved(8, 8, 3, padding=1, bias=False, dtype=torch.float64)
+    halved.load_state_dict(block.conv1.state_dict())
+    block.conv1 = halved
+
+
+def change_hook(block):
+    block.conv1.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def change_stride(block):
+    block.conv1.stride = block.conv1.padding = (2, 2)
+    block.conv2.padding, block.conv2.dilation = (3, 2), (2, 2)
+
+
+@pytest.mark.parametrize("change", [change_padding, change_class, change_hook, change_stride])
+def test_what_a_convolution_does_otherwise(change):
+    """Changed after the block has run as one node."""
+    block, fused = pair(BasicBlock(8, 8))
+    same(block, fused, images())
+    for module in (block, fused):
+        change(module)
+    if change is not change_stride:
+        assert not runs_as_one_node(same(block, fused, images()))
+    else:
+        assert fused.conv1(images()).shape == block.conv1(images()).shape
+
+
+def test_frozen_parts_get_no_gradient():
+    block, fused = pair(bottleneck())
+    for module in (block, fused):
+        for parameter in (module.conv1.weight, module.bn1.weight, module.bn3.bias):
+            parameter.requires_grad_(False)
+    assert runs_as_one_node(same(block, fused, images()))
+    x = images().detach()
+    fused(x).sum().backward()
+    assert fused.conv1.weight.grad is None and fused.conv2.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    block, fused = (module.float() for module in pair(bottleneck()))
+    x = torch.randn(4, 8, 6, 5, requires_grad=True)
+    results = []
+    for module in (block, fused):
+        with torch.autocast("cpu", dtype):
+            y = module(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])))
+    assert runs_as_one_node(results[1][0])
+    for actual, wanted in zip(results[1], results[0], strict=True):
+        assert actual.dtype == wanted.dtype
+        assert (actual - wanted).abs().max() <= 0.06 * wanted.abs().max().clamp(min=1)
+
+
+def test_the_cache_of_autocast_is_not_spoilt():
+    """A low-precision copy of a weight that was made below autograd must not serve the next one who asks."""
+    _, fused = pair(BasicBlock(8, 8))
+    fused, x = fused.float(), torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(x.bfloat16())
+        assert fused.conv1(x).requires_grad
+
+
+def test_operations_are_counted():
+    counts = []
+    for module in pair(bottleneck()):
+        with FlopCounterMode(display=False) as counter:
+            module(images()).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    y.sum().backward()
+    return sum(size for place, size in saved.items() if place not in weights)
+
+
+def test_a_block_saves_less():
+    model, x = cifar_resnet(20, num_classes=4), torch.randn(8, 3, 32, 32)
+    plain = saved_bytes(model, x)
+    kept, recomputed = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_blocks(kept, recompute=False), fuse_blocks(recomputed)
+    assert saved_bytes(recomputed, x) < 0.82 * plain
+    assert 0.98 * plain < saved_bytes(kept, x) < 1.1 * plain
+
+
+def test_activation_checkpointing():
+    block, fused = pair(bottleneck())
+    x = images()
+    wanted = torch.autograd.grad(block(x).square().sum(), x)[0]
+    y = checkpoint(fused, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], wanted)
+
+
+def test_changing_the_input_before_backward_is_noticed():
+    _, fused = pair(BasicBlock(8, 8))
+    x = images().detach()
+    y = fused(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_differentiating_twice_is_refused():
+    _, fused = pair(bottleneck())
+    x = images()
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="residual_block can't be differentiated twice; residual_block_ref"
+    ):
+        gradient.square().sum().backward()
+
+
+def test_a_retained_graph_and_no_graph():
+    block, fused = pair(bottleneck())
+    x = images()
+    y = fused(x)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(3 * y.sum(), x)[0], 3 * first)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), block(x))
+    block.load_state_dict(fused.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(fused.eval()(x), block.eval()(x))
+
+
+def test_a_shortcut_that_torch_would_broadcast():
+    """What the node can't add runs layer by layer, as torch adds it."""
+
+    class OneChannel(nn.Module):
+        def forward(self, x):
+            return x[:, :1]
+
+    block = BasicBlock(8, 8)
+    block.shortcut = OneChannel()
+    assert not runs_as_one_node(same(*pair(block), images()))
+
+
+def test_one_value_per_channel_is_refused_in_words():
+    _, fused = pair(BasicBlock(8, 8))
+    with pytest.raises(ValueError, match="one value per channel"):
+        fused(torch.randn(1, 8, 1, 1, dtype=torch.float64))
