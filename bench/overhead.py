@@ -9,6 +9,12 @@ steps of the time of `shared` relative to it, and both relative to a plain step 
 
 Two rows more say what trust costs: "check", once before the first step of a mode (of `stacked`, which `auto` tries
 first), and "setup", what every step pays to notice that modes, flags, hooks or modules changed.
+
+    python bench/overhead.py --host
+
+measures what the host does instead: steps on images so small that only calls count (2x3x8x8, ResNet-50 2x3x32x32), on
+one thread, in the memory of the last step's gradients. Rows are a plain step, one with fused blocks, and a stacked one;
+the ratio is the median over the steps of the time relative to the plain step.
 """
 
 from __future__ import annotations
@@ -17,10 +23,12 @@ import argparse
 import copy
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from harness import RESULTS, environment, measure, print_table, write_csv
 from models import MODELS
 from throughput import gkt_step, plain_step
@@ -34,6 +42,8 @@ from gkt_fast.subnets.streams import make_streams
 
 WARMUP = 2
 COLUMNS = ["model", "step", "overhead_percent", "ratio", "median_ms", "lower_ms", "upper_ms"]
+HOST_COLUMNS = ["model", "step", "ratio", "median_ms", "lower_ms", "upper_ms"]
+HOST_IMAGES = {"cifar_resnet56": (2, 3, 8, 8), "resnet50_64px": (2, 3, 32, 32)}
 CIFAR_RESNETS = [name for name in MODELS if name.startswith("cifar_resnet")]
 
 
@@ -50,13 +60,17 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "overhead.csv")
+    parser.add_argument("--host", action="store_true", help="what the host does, on tiny images")
+    parser.add_argument("--csv", type=Path, help="default: overhead.csv or host.csv")
     args = parser.parse_args()
+    if args.host:
+        args.threads = 1
+    args.csv = args.csv or RESULTS / ("host.csv" if args.host else "overhead.csv")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = run(args)
+    rows = [row for name in HOST_IMAGES for row in run_host(name, args)] if args.host else run(args)
     write_csv(args.csv, rows)
-    print_table(rows, COLUMNS)
+    print_table(rows, HOST_COLUMNS if args.host else COLUMNS)
     print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {args.csv}")
 
 
@@ -103,6 +117,59 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         }
         for name, timing in timings.items()
     ]
+
+
+def run_host(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Measures plain, fused and stacked steps on tiny images."""
+    spec = MODELS[name]
+    torch.manual_seed(0)
+    model = spec.build()
+    images = torch.randn(HOST_IMAGES[name])
+    targets = torch.randint(spec.classes, (images.shape[0],))
+    fused, stacked = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_blocks(fused)
+    gkt = GKT(stacked, GKTConfig(groups=args.groups, loops=args.loops, execution="stacked"))
+    steps = itertools.count()
+    timings = measure(
+        {
+            "plain": host_step(model, lambda: F.cross_entropy(model(images), targets)),
+            "plain+fused": host_step(fused, lambda: F.cross_entropy(fused(images), targets)),
+            "stacked": host_step(stacked, lambda: gkt(images, targets, step=next(steps)).loss),
+        },
+        args.repeats,
+        WARMUP,
+        time.thread_time,
+    )
+    plain = timings["plain"].milliseconds
+    return [
+        {
+            "model": name,
+            "step": step,
+            "ratio": statistics.median(map(lambda a, b: a / b, timing.milliseconds, plain)),
+            "median_ms": timing.median,
+            "lower_ms": timing.lower,
+            "upper_ms": timing.upper,
+            "images": "x".join(map(str, HOST_IMAGES[name])),
+            "groups": args.groups,
+            "loops": args.loops,
+            "repeats": args.repeats,
+            **environment(),
+        }
+        for step, timing in timings.items()
+    ]
+
+
+def host_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], None]:
+    """A training step whose gradients stay in the memory that they have: new memory would cost page faults."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def trust(gkt: GKT, images: Tensor) -> dict[str, Callable[[], None]]:

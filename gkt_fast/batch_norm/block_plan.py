@@ -106,7 +106,7 @@ class BlockPlan:
         updates = self._updates(updated) if updated else None
         y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
         if updated:
-            counters = [self._norms[i].num_batches_tracked for i in updated]
+            counters = [self._norms[i]._buffers["num_batches_tracked"] for i in updated]
             torch._foreach_add_([counter for counter in counters if counter is not None], 1)
         reported = [i for i in self._tracking if i not in updated]
         if reported:
@@ -122,7 +122,8 @@ class BlockPlan:
         updates: list[tuple[Tensor, Tensor, float] | None] = [None] * len(self._pairs)
         for i in updated:
             norm = self._norms[i]
-            updates[i] = norm.running_mean, norm.running_var, norm.momentum
+            buffers = norm._buffers
+            updates[i] = buffers["running_mean"], buffers["running_var"], norm.momentum
         return updates
 
     def _describe(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -73,7 +73,6 @@ def unfuse_blocks(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, FusedBlock):
             module.__class__ = type(module).__mro__[2]
-            module.__dict__.pop(_PLAN, None)
             module.__dict__.pop("recompute", None)
             unfused.append(path)
     return unfused
@@ -88,9 +87,9 @@ class FusedBlock:
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._run_layers(x)
-        plan = self.__dict__.get(_PLAN)
+        plan = _plans.get(self)
         if plan is None or not plan.is_current(self):
-            plan = self.__dict__[_PLAN] = BlockPlan(self, self._form)
+            plan = _plans[self] = BlockPlan(self, self._form)
         if (
             plan.reason is not None
             or not isinstance(x, Tensor)  # torch.fx traces the block's own forward
@@ -116,13 +115,9 @@ class FusedBlock:
         with intercept(self, find_layers(self, is_batch_norm), _call_batch_norm):
             return super().forward(x)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles: without what is found anew."""
-        return {name: value for name, value in self.__dict__.items() if name != _PLAN}
 
-
-_PLAN = "_fused_plan"
-"""Where a block keeps its `BlockPlan`."""
+_plans: WeakKeyDictionary[FusedBlock, BlockPlan] = WeakKeyDictionary()
+"""What is known of blocks; nothing of it is kept in the model."""
 
 
 def _call_batch_norm(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:

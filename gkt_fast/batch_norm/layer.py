@@ -166,11 +166,14 @@ def _tracks(layer: _BatchNorm) -> bool:
 
 def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
     """Whether the kernel can write the running statistics: a given momentum, and the dtype of its own statistics."""
+    if not (layer.training and layer.track_running_stats and type(layer.momentum) in (float, int)):
+        return False
+    mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
     return (
-        _tracks(layer)
-        and type(layer.momentum) in (float, int)
-        and layer.running_mean.dtype == layer.running_var.dtype == accumulation_dtype(dtype)
-        and not (layer.running_mean.requires_grad or layer.running_var.requires_grad)
+        mean is not None
+        and var is not None
+        and mean.dtype == var.dtype == accumulation_dtype(dtype)
+        and not (mean.requires_grad or var.requires_grad)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Hashable
 
 import torch.nn.modules.module as torch_module
@@ -15,17 +16,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Watch:
-    """Reads a model's fingerprint without walking it again: where to look is noted once.
+    """Reads a model's fingerprint without walking it again: where to look is noted once. The model isn't kept alive.
 
     Args:
         model: the network.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._modules = list(model.modules())
-        self._attributes = [module.__dict__ for module in self._modules]
-        self._parents = [module._modules for module in self._modules if module._modules]
+        self._model = weakref.ref(model)
+        modules = list(model.modules())
+        self._modules = modules[1:]
+        self._attributes = [module.__dict__ for module in modules]
+        self._parents = [module._modules for module in modules if module._modules]
         self._children = self._children_now()
         self._flags = [
             (attributes, name)
@@ -40,7 +42,7 @@ class Watch:
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model consists of the modules that were noted."""
-        if model is not self.model:
+        if model is not self._model():
             return False
         children = self._children_now()
         return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
@@ -48,6 +50,7 @@ class Watch:
     def fingerprint(self) -> Hashable:
         """Equal as long as modules are of the same classes, in the same modes, with the same flags and hooks."""
         return (
+            type(self._model()),
             tuple(map(type, self._modules)),
             tuple([attributes.get(name) for attributes, name in self._flags]),
             tuple([tuple(hooks) for hooks in self._hooks if hooks]),

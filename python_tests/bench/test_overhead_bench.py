@@ -43,6 +43,15 @@ def test_the_hand_written_step_computes_what_shared_execution_does(fused, loops,
         assert all(norm.track_running_stats for norm in norms)
 
 
+def test_the_benchmark_of_the_host_runs(tmp_path):
+    path = tmp_path / "host.csv"
+    printed = run_script("bench/overhead.py", "--host", "--repeats", "1", "--csv", path, folder=tmp_path)
+    lines = [line.split(",")[:2] for line in path.read_text().splitlines()[1:]]
+    steps = ["plain", "plain+fused", "stacked"]
+    assert lines == [[model, step] for model in ("cifar_resnet56", "resnet50_64px") for step in steps]
+    assert "ratio" in printed
+
+
 def test_the_benchmark_runs_small(tmp_path):
     path = tmp_path / "overhead.csv"
     arguments = "--model cifar_resnet20 --batch-size 2 --repeats 1 --threads 1 --csv"
