@@ -85,6 +85,7 @@ _MODULES = (
     "methods",
     "models",
     "ops",
+    "pictures",
     "selfcheck",
 )
 """Modules that `gkt_fast.NAME` reaches without an import of their own."""

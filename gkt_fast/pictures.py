@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "QUIET", "SERIES", "ask", "name_lines", "picture"]
+__all__ = ["COLOURS", "INK", "QUIET", "SERIES", "ask", "name_lines", "picture", "style"]
 
 INK, QUIET = "#1f2933", "#6b7785"
 """Of what is said, and of axes and remarks."""
@@ -66,6 +66,15 @@ STYLE = {
 
 
 @contextmanager
+def style() -> Iterator[None]:
+    """What is drawn inside is drawn in the house's style."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+@contextmanager
 def picture(
     path: str | Path, size: tuple[float, float], *, dark: str | Path | None = None, dpi: int = 130
 ) -> Iterator[Figure]:
@@ -77,10 +86,9 @@ def picture(
         dark: where to write the same in colours for a dark background; both are then SVG, and transparent.
         dpi: of formats made of pixels.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         vector: dict[str, Any] = {"metadata": {"Date": None}, "transparent": True}
@@ -94,9 +102,8 @@ def picture(
 
 def ask(axes: Axes, question: str, remark: str = "") -> None:
     """Puts above a panel the question that it answers, and below it what was measured."""
-    axes.set_title(
-        f"{question}\n" if remark else question, loc="left", fontsize=11, fontweight="bold", color=INK
-    )
+    title = f"{question}\n" if remark else question
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     if remark:
         axes.annotate(
             remark,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import pictures
 from .requirements import require
 
 if TYPE_CHECKING:
@@ -21,11 +22,15 @@ __all__ = ["Run", "add_arguments", "draw", "read_run"]
 LINES = ("-", "--", ":", "-.")
 """Within a run the curves of a panel differ by line, between runs by colour."""
 PANELS = (
-    ("loss", ("train_loss", "val_loss"), "loss"),
-    ("distillation term of each group", ("kd_group",), "KL divergence"),
-    ("accuracy of the network and of subnets", ("val_accuracy",), "accuracy (%)"),
+    ("Does the loss still fall?", ("train_loss", "val_loss"), "loss"),
+    (
+        "How far are groups from their teachers?",
+        ("kd_group",),
+        "KL divergence",
+    ),
+    ("How accurate is each depth?", ("val_accuracy",), "accuracy (%)"),
 )
-"""Of each panel the title, the prefixes of the columns shown, and the label of the axis."""
+"""Of each panel the question that it answers, the prefixes of the columns shown, and the label of the axis."""
 OUTLIER = 3.0
 """A value counts as one where it lies this many times the spread of nine tenths of all values above these."""
 LABELS = {
@@ -98,15 +103,18 @@ def draw(runs: Sequence[Run]) -> Figure:
     """A figure with one panel for the losses, one for the distillation terms, one for the accuracies."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    for axes, (title, prefixes, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for number, run in enumerate(runs):
-            _draw_run(axes, run, prefixes, f"C{number}", several=len(runs) > 1)
-        axes.set(title=title, xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            _limit(axes)
-            axes.legend(fontsize="small")
+    with pictures.style():
+        figure = Figure(figsize=(14, 4.2), layout="constrained")
+        for axes, (question, prefixes, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            for number, run in enumerate(runs):
+                colour = pictures.SERIES[number % len(pictures.SERIES)]
+                _draw_run(axes, run, prefixes, colour, several=len(runs) > 1)
+            pictures.ask(axes, question)
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if axes.lines:
+                _limit(axes)
+                axes.legend()
     return figure
 
 
@@ -143,7 +151,7 @@ def _draw_run(axes: Axes, run: Run, prefixes: tuple[str, ...], colour: str, seve
             [percent * value for value in values],
             linestyle=LINES[i % len(LINES)],
             marker="." if len(epochs) == 1 else None,
-            color=colour if several else f"C{i}",
+            color=colour if several else pictures.SERIES[i % len(pictures.SERIES)],
             label=f"{run.name}: {_label(name)}" if several else _label(name),
         )
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .. import pictures
 from .subnet_table import SubnetResult, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["plot_subnets", "write_subnets_csv"]
 
@@ -60,8 +65,6 @@ def plot_subnets(
     Raises:
         ValueError: the times weren't measured.
     """
-    from matplotlib.figure import Figure
-
     cost: Callable[[SubnetResult], float]
     if runtime is None:
         label = "forward cost (MFLOPs per sample)"
@@ -72,14 +75,32 @@ def plot_subnets(
         def cost(result: SubnetResult) -> float:
             return result.milliseconds(runtime, batch_size)
 
+    with pictures.picture(path, (7, 4.5)) as figure:
+        _draw(figure.subplots(), results, title, best, cost, label)
+
+
+def _draw(
+    axes: Axes,
+    results: Sequence[SubnetResult],
+    title: str,
+    best: SubnetResult | None,
+    cost: Callable[[SubnetResult], float],
+    label: str,
+) -> None:
     front = pareto_front(results, cost)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    pictures.ask(axes, "How accurate is each subnet?", f"accuracy (%){f'; {title}' if title else ''}")
     axes.plot(
-        [cost(r) for r in results], [100 * r.accuracy for r in results], "o", alpha=0.5, label="subnets"
+        [cost(r) for r in results], [100 * r.accuracy for r in results], "o", color=pictures.QUIET, alpha=0.5
     )
     costs, accuracies = [cost(r) for r in front], [100 * r.accuracy for r in front]
-    axes.step(costs, accuracies, where="post", marker="o", color="tab:orange", label="Pareto front")
+    axes.step(
+        costs,
+        accuracies,
+        where="post",
+        marker="o",
+        color=pictures.COLOURS["gkt"],
+        label="no subnet is better and cheaper",
+    )
     for result, x, accuracy in zip(front, costs, accuracies, strict=True):
         axes.annotate(
             str(result.subnet), (x, accuracy), xytext=(4, -10), textcoords="offset points", fontsize=7
@@ -93,15 +114,11 @@ def plot_subnets(
             marker,
             markersize=13,
             markerfacecolor="none",
-            color="black",
+            color=pictures.INK,
             label=f"{name} ({r.subnet})",
         )
     axes.set_xlabel(label)
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    axes.legend(loc="lower right")
 
 
 def _megaflops(result: SubnetResult) -> float:
