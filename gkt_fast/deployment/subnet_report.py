@@ -75,7 +75,7 @@ def plot_subnets(
         def cost(result: SubnetResult) -> float:
             return result.milliseconds(runtime, batch_size)
 
-    with pictures.picture(path, (7, 4.5)) as figure:
+    with pictures.picture(path, (7, 4.5), dpi=120) as figure:
         _draw(figure.subplots(), results, title, best, cost, label)
 
 
