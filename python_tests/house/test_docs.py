@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 160
     assert [line for line in lines if len(line) > 120] == []
+
+
+def test_the_readme_opens_with_the_measured_cost_of_a_step() -> None:
+    with open(ROOT / "bench" / "results" / "throughput.csv", newline="") as file:
+        ratios = {
+            row["mode"]: float(row["ratio"])
+            for row in csv.DictReader(file)
+            if row["model"] == "cifar_resnet56"
+        }
+    costs = f"a step costs {ratios['stacked']:.2f} plain steps instead of {ratios['sequential']:.2f} "
+    assert costs in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_what_pages_name_exists() -> None:
