@@ -166,8 +166,8 @@ def opening(rows: Rows) -> str:
 
 
 DOCUMENTS = (
-    ("README.md", f"{COMMAND} (opening)", opening),
     ("README.md", COMMAND, headline),
+    ("README.md", f"{COMMAND} (opening)", opening),
     ("docs/measurements/accuracy.md", COMMAND, report),
 )
 """What is written into which document, between which marks."""
