@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "gkt_abi.h"
@@ -128,62 +130,93 @@ void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_ru
   check(without_gil([&] { return run(&params, place(where)); }));
 }
 
-// Sizes and strides of the rows of logits (S, B, C, *spatial): the batch and the spatial
-// dimensions. Neighbours that one stride can walk in every tensor are merged.
-void set_rows(gkt_group_knowledge_loss_params& p, const py::tuple& shape, const py::tuple& logits,
-              const py::tuple& gradient, const py::tuple& targets) {
+// A tensor of logits as torch has it: addresses of it and of its gradient, shape, strides of both.
+// (S, B, C, *spatial), or (B, C, *spatial) for the full network's alone.
+using LogitsTensor = std::tuple<uintptr_t, uintptr_t, py::tuple, py::tuple, py::tuple>;
+
+// Streams of the tensor from address on; `lead` dimensions come before the batch.
+gkt_stream_logits stream_logits(const LogitsTensor& tensor, size_t lead) {
+  const auto& [logits, gradient, shape, strides, gradient_strides] = tensor;
+  gkt_stream_logits streams{};
+  streams.logits = pointer<const void>(logits);
+  streams.gradient = pointer<void>(gradient);
+  streams.class_stride = item(strides, lead + 1);
+  streams.gradient_class_stride = item(gradient_strides, lead + 1);
+  if (lead == 1) {
+    streams.stream_stride = item(strides, 0);
+    streams.gradient_stream_stride = item(gradient_strides, 0);
+  }
+  return streams;
+}
+
+// Sizes and strides of the rows: the batch, which comes first, and the spatial dimensions.
+// Neighbours that one stride can walk in every tensor are merged. Subnets have fewer rows of the
+// batch, which changes no stride.
+void set_rows(gkt_group_knowledge_loss_params& p, const LogitsTensor& full, size_t full_lead,
+              const LogitsTensor& subnets, const py::tuple& targets) {
+  const py::tuple& shape = std::get<2>(full);
+  int64_t* const strides[] = {p.full.row_strides, p.full.gradient_row_strides,
+                              p.subnets.row_strides, p.subnets.gradient_row_strides,
+                              p.targets_row_strides};
   p.row_dims = 0;
-  for (size_t d = 1; d < shape.size(); ++d) {
-    if (d == 2 || item(shape, d) == 1) continue;
+  for (size_t d = 0; d + full_lead < shape.size(); ++d) {  // of (B, C, *spatial)
+    const int64_t size = item(shape, d + full_lead);
+    if (d == 1 || size == 1) continue;
     // Targets are (B, *spatial), or (B, C, *spatial) where they are probabilities.
-    const size_t target_dim = d == 1 ? 0 : d - (p.probabilities ? 1 : 2);
-    const int64_t size = item(shape, d), logits_stride = item(logits, d),
-                  gradient_stride = item(gradient, d), targets_stride = item(targets, target_dim);
+    const size_t target_dim = d == 0 ? 0 : d - (p.probabilities ? 0 : 1);
+    const int64_t steps[] = {item(std::get<3>(full), d + full_lead),
+                             item(std::get<4>(full), d + full_lead),
+                             item(std::get<3>(subnets), d + 1), item(std::get<4>(subnets), d + 1),
+                             item(targets, target_dim)};
     const int last = p.row_dims - 1;
-    if (last >= 0 && p.logits_row_strides[last] == size * logits_stride &&
-        p.gradient_row_strides[last] == size * gradient_stride &&
-        p.targets_row_strides[last] == size * targets_stride) {
-      p.row_sizes[last] *= size;
-    } else {
-      if (p.row_dims == GKT_MAX_ROW_DIMS) throw py::value_error("logits has too many dimensions");
-      ++p.row_dims;
-      p.row_sizes[last + 1] = size;
-    }
-    p.logits_row_strides[p.row_dims - 1] = logits_stride;
-    p.gradient_row_strides[p.row_dims - 1] = gradient_stride;
-    p.targets_row_strides[p.row_dims - 1] = targets_stride;
+    bool mergeable = last >= 0;
+    for (size_t i = 0; mergeable && i < 5; ++i) mergeable = strides[i][last] == size * steps[i];
+    if (!mergeable && p.row_dims == GKT_MAX_ROW_DIMS)
+      throw py::value_error("logits has too many dimensions");
+    const int place = mergeable ? last : p.row_dims++;
+    p.row_sizes[place] = mergeable ? p.row_sizes[place] * size : size;
+    for (size_t i = 0; i < 5; ++i) strides[i][place] = steps[i];
   }
   if (p.row_dims == 0) {
     p.row_dims = 1;
     p.row_sizes[0] = 1;
   }
+  p.subnet_rows = item(std::get<2>(subnets), 1);
+  for (size_t d = 2 + full_lead; d < shape.size(); ++d) p.subnet_rows *= item(shape, d);
 }
 
 // Addresses with sizes and strides in elements; the options are in the order of the Python
 // function.
 gkt_group_knowledge_loss_params group_knowledge_loss_params(
-    int dtype, uintptr_t logits, const py::tuple& shape, const py::tuple& logits_strides,
-    uintptr_t gradient, const py::tuple& gradient_strides, uintptr_t targets,
-    const py::tuple& targets_strides, bool probabilities, uintptr_t loss, uintptr_t terms,
-    int64_t groups, double ema, double temperature, bool normalize_logits, double eps,
-    double ce_weight, double kd_weight, double subnet_ce_weight, int64_t ignore_index,
+    int dtype, const LogitsTensor& logits, const std::optional<LogitsTensor>& full_logits,
+    uintptr_t targets, const py::tuple& targets_strides, bool probabilities, uintptr_t loss,
+    uintptr_t terms, int64_t groups, double ema, double temperature, bool normalize_logits,
+    double eps, double ce_weight, double kd_weight, double subnet_ce_weight, int64_t ignore_index,
     double label_smoothing, bool distill_ignored, double gradient_scale) {
   gkt_group_knowledge_loss_params p{};
-  p.logits = pointer<const void>(logits);
-  p.gradient = pointer<void>(gradient);
+  const bool apart = full_logits.has_value();
+  const LogitsTensor& full = apart ? *full_logits : logits;
+  p.full = stream_logits(full, apart ? 0 : 1);
+  p.subnets = stream_logits(logits, 1);
+  if (!apart) {  // the subnets follow the full network
+    const int64_t value_bytes = dtype == GKT_FLOAT64 ? 8 : dtype == GKT_FLOAT32 ? 4 : 2;
+    const auto next = [&](auto* address, int64_t stride) {
+      return pointer<std::remove_pointer_t<decltype(address)>>(
+          reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(stride * value_bytes));
+    };
+    p.subnets.logits = next(p.full.logits, p.full.stream_stride);
+    if (p.full.gradient != nullptr)
+      p.subnets.gradient = next(p.full.gradient, p.full.gradient_stream_stride);
+  }
   p.targets = pointer<const void>(targets);
   p.loss = pointer<void>(loss);
   p.terms = pointer<void>(terms);
   p.dtype = dtype;
   p.probabilities = probabilities;
-  p.streams = item(shape, 0);
-  p.classes = item(shape, 2);
+  p.streams = item(std::get<2>(logits), 0) + (apart ? 1 : 0);
+  p.classes = item(std::get<2>(logits), 2);
   p.groups = groups;
-  set_rows(p, shape, logits_strides, gradient_strides, targets_strides);
-  p.logits_stream_stride = item(logits_strides, 0);
-  p.logits_class_stride = item(logits_strides, 2);
-  p.gradient_stream_stride = item(gradient_strides, 0);
-  p.gradient_class_stride = item(gradient_strides, 2);
+  set_rows(p, full, apart ? 0 : 1, logits, targets_strides);
   p.targets_class_stride = probabilities ? item(targets_strides, 1) : 0;
   p.ema = ema;
   p.temperature = temperature;
@@ -204,11 +237,11 @@ void group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params& params, int
 }
 
 #ifdef GKT_WITH_CUDA
-void group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params& params,
-                               uintptr_t counted_rows, uintptr_t partials, uintptr_t stream) {
+void group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params& params, uintptr_t workspace,
+                               uintptr_t report, uintptr_t stream) {
   check(without_gil([&] {
-    return gkt_group_knowledge_loss_cuda(&params, pointer<const double>(counted_rows),
-                                         pointer<double>(partials), pointer(stream));
+    return gkt_group_knowledge_loss_cuda(&params, pointer(workspace), pointer<int64_t>(report),
+                                         pointer(stream));
   }));
 }
 #endif
@@ -233,7 +266,7 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&group_knowledge_loss_params));
   module.def("group_knowledge_loss_cpu", &group_knowledge_loss_cpu);
 #ifdef GKT_WITH_CUDA
-  module.attr("max_partials") = GKT_MAX_PARTIALS;
+  module.def("group_knowledge_loss_workspace_cuda", &gkt_group_knowledge_loss_workspace_cuda);
   module.def("group_knowledge_loss_cuda", &group_knowledge_loss_cuda);
 #endif
 }

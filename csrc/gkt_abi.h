@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define GKT_ABI_VERSION 2
+#define GKT_ABI_VERSION 3
 
 enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16 = 3 };
 
@@ -53,24 +53,30 @@ struct gkt_ghost_batch_norm_params {
 // Blocks of a CUDA kernel that each leave sums behind.
 #define GKT_MAX_PARTIALS 1024
 
-// group_knowledge_loss: S streams of rows of C classes, each row at the sum of its dimensions'
-// index times stride, in elements.
-typedef struct {
+// Logits of streams that lie in one tensor, and their gradient: each row at the sum of its
+// dimensions' index times stride, in elements.
+struct gkt_stream_logits {
   const void* logits;
-  void* gradient;       // times gradient_scale, of the logits' dtype; NULL: none wanted
+  void* gradient;  // times gradient_scale, of the logits' dtype; NULL: none wanted
+  int64_t stream_stride, class_stride;
+  int64_t gradient_stream_stride, gradient_class_stride;
+  int64_t row_strides[GKT_MAX_ROW_DIMS];
+  int64_t gradient_row_strides[GKT_MAX_ROW_DIMS];
+};
+
+// group_knowledge_loss: S streams of rows of C classes. The full network has every row, subnets
+// have the first subnet_rows of them.
+typedef struct {
+  struct gkt_stream_logits full, subnets;
   const void* targets;  // int64 class indices, or probabilities of the compute dtype
   void* loss;           // one value of the compute dtype (double for double, float otherwise)
   void* terms;          // S values of the compute dtype
   int32_t dtype;        // gkt_dtype of the logits
   int32_t probabilities;
-  int64_t streams, classes, groups;
+  int64_t streams, classes, groups, subnet_rows;
   int32_t row_dims;
   int64_t row_sizes[GKT_MAX_ROW_DIMS];
-  int64_t logits_row_strides[GKT_MAX_ROW_DIMS];
-  int64_t gradient_row_strides[GKT_MAX_ROW_DIMS];
   int64_t targets_row_strides[GKT_MAX_ROW_DIMS];
-  int64_t logits_stream_stride, logits_class_stride;
-  int64_t gradient_stream_stride, gradient_class_stride;
   int64_t targets_class_stride;
   double ema, temperature, eps, ce_weight, kd_weight, subnet_ce_weight, label_smoothing;
   double gradient_scale;
@@ -91,10 +97,12 @@ int64_t gkt_ghost_batch_norm_workspace_cuda(const struct gkt_ghost_batch_norm_pa
 const char* gkt_last_error(void);
 
 int gkt_group_knowledge_loss_cpu(const gkt_group_knowledge_loss_params* params, int threads);
-// On the device: counted_rows (2), how many rows the means of CE and kd count; partials
-// (GKT_MAX_PARTIALS, S + 1), scratch. Class indices must have been checked.
-int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params,
-                                  const double* counted_rows, double* partials, void* stream);
+// On the device: workspace, of so many bytes and aligned to 16; report (2), which a class index
+// that is out of range overwrites with itself and the number of classes. The loss is then NaN, and
+// so is the gradient of every cross entropy.
+int64_t gkt_group_knowledge_loss_workspace_cuda(const gkt_group_knowledge_loss_params* params);
+int gkt_group_knowledge_loss_cuda(const gkt_group_knowledge_loss_params* params, void* workspace,
+                                  int64_t* report, void* stream);
 
 #ifdef __cplusplus
 }

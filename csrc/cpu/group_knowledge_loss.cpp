@@ -1,4 +1,5 @@
 // group_knowledge_loss on the CPU: tiles of rows over the threads, and the C entry.
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/group_knowledge_loss_tile.h"
@@ -37,13 +38,16 @@ void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
       const int64_t last = tiles * (chunk + 1) / plan.chunks;
       for (int64_t t = tiles * chunk / plan.chunks; t < last; ++t) {
         const int64_t outer = t / tiles_inside, row = t % tiles_inside * kRows;
-        const int64_t left = p.row_sizes[inner] - row;
-        tile.run(
-            row_offset(p, p.logits_row_strides, inner, outer) + row * p.logits_row_strides[inner],
-            row_offset(p, p.gradient_row_strides, inner, outer) +
-                row * p.gradient_row_strides[inner],
-            row_offset(p, p.targets_row_strides, inner, outer) + row * p.targets_row_strides[inner],
-            static_cast<int>(left < kRows ? left : kRows), sums);
+        const auto offset = [&](const int64_t* strides) {
+          return row_offset(p, strides, inner, outer) + row * strides[inner];
+        };
+        const int64_t count = std::min(p.row_sizes[inner] - row, kRows);
+        const int64_t in_share = p.subnet_rows - (outer * p.row_sizes[inner] + row);
+        tile.run({offset(p.full.row_strides), offset(p.full.gradient_row_strides),
+                  static_cast<int>(count)},
+                 {offset(p.subnets.row_strides), offset(p.subnets.gradient_row_strides),
+                  static_cast<int>(std::clamp(in_share, int64_t{0}, count))},
+                 offset(p.targets_row_strides), sums);
       }
     }
     finish_streaming();
@@ -55,8 +59,7 @@ template <class T>
 bool rows_in_lanes(const Params& p) {
   constexpr int64_t kFewClasses = 8 * kLanes<typename ArithmeticOf<T>::type>;
   const int inner = p.row_dims - 1;
-  return p.classes < kFewClasses ||
-         (p.logits_row_strides[inner] == 1 && p.logits_class_stride != 1);
+  return p.classes < kFewClasses || (p.full.row_strides[inner] == 1 && p.full.class_stride != 1);
 }
 
 // Calls body(tile type) for the dtype and the arrangement of the problem.
@@ -98,7 +101,6 @@ void group_knowledge_loss_run(const Params& p, const GroupKnowledgeLossPlan& pla
 
 #if defined(GKT_ISA_baseline)
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -125,21 +127,34 @@ int64_t count_rows(const gkt_group_knowledge_loss_params& p) {
   return rows;
 }
 
+// Rows that the means of cross entropies count.
+struct CountedRows {
+  int64_t full = 0, subnets = 0;
+};
+
 // Rows whose class index is not ignore_index; checks that those lie in [0, classes).
-int64_t count_class_indices(const gkt_group_knowledge_loss_params& p, int64_t rows) {
+CountedRows count_class_indices(const gkt_group_knowledge_loss_params& p, int64_t rows) {
   const int inner = p.row_dims - 1;
   const int64_t size = p.row_sizes[inner], stride = p.targets_row_strides[inner];
-  int64_t counted = 0;
+  CountedRows counted;
   for (int64_t outer = 0; outer * size < rows; ++outer) {
     const int64_t* targets = static_cast<const int64_t*>(p.targets) +
                              baseline::row_offset(p, p.targets_row_strides, inner, outer);
     int64_t wrong = 0;
-    for (int64_t j = 0; j < size; ++j) {
-      const int64_t target = targets[j * stride];
-      const int64_t counts = target != p.ignore_index;
-      counted += counts;
-      wrong += counts & (static_cast<uint64_t>(target) >= static_cast<uint64_t>(p.classes));
-    }
+    const auto count = [&](int64_t begin, int64_t end) {
+      int64_t total = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t target = targets[j * stride];
+        const int64_t counts = target != p.ignore_index;
+        total += counts;
+        wrong += counts & (static_cast<uint64_t>(target) >= static_cast<uint64_t>(p.classes));
+      }
+      return total;
+    };
+    const int64_t in_share = std::clamp(p.subnet_rows - outer * size, int64_t{0}, size);
+    const int64_t own = count(0, in_share);
+    counted.subnets += own;
+    counted.full += own + count(in_share, size);
     if (wrong == 0) continue;
     for (int64_t j = 0; j < size; ++j) {
       const int64_t target = targets[j * stride];
@@ -168,7 +183,9 @@ void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPl
     double sum = 0;
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
       sum += plan.sums[chunk * (p.streams + 1) + s];
-    const double mean = sum / (s == 0 || s == p.streams ? plan.ce_rows : plan.kd_rows);
+    const double mean = sum / (s == 0           ? plan.ce_rows
+                               : s == p.streams ? plan.subnet_ce_rows
+                                                : plan.kd_rows);
     const double weight = s == 0           ? p.ce_weight
                           : s == p.streams ? (p.streams > 1 ? p.subnet_ce_weight : 0.0)
                                            : p.kd_weight;
@@ -181,20 +198,27 @@ void finish(const gkt_group_knowledge_loss_params& p, const GroupKnowledgeLossPl
 void group_knowledge_loss(const gkt_group_knowledge_loss_params& p, int threads) {
   check(p);
   const int64_t rows = count_rows(p);
-  const int64_t counted = p.probabilities ? rows : count_class_indices(p, rows);
+  const CountedRows counted =
+      p.probabilities ? CountedRows{rows, p.subnet_rows} : count_class_indices(p, rows);
   GroupKnowledgeLossPlan plan{};
   plan.chunks = rows < kMaxChunks ? rows : kMaxChunks;
-  plan.ce_rows = static_cast<double>(counted);
-  plan.kd_rows = static_cast<double>(p.distill_ignored ? rows : counted);
+  plan.ce_rows = static_cast<double>(counted.full);
+  plan.subnet_ce_rows = static_cast<double>(counted.subnets);
+  plan.kd_rows = static_cast<double>(p.distill_ignored ? p.subnet_rows : counted.subnets);
   const int64_t useful = 1 + p.streams * rows * p.classes / kLogitsPerThread;
   plan.threads = static_cast<int>(std::min({int64_t{threads}, useful, plan.chunks}));
   std::vector<double> sums(static_cast<size_t>(plan.chunks * (p.streams + 1)));
   plan.sums = sums.data();
   if (rows > 0) {
     const int64_t value_bytes = p.dtype == GKT_FLOAT64 ? 8 : p.dtype == GKT_FLOAT32 ? 4 : 2;
-    plan.gradient_bytes = p.streams * rows * p.classes * value_bytes;
-    if (p.gradient != nullptr)  // it is dense, whatever the order of its dimensions
-      prefer_huge_pages(p.gradient, static_cast<size_t>(plan.gradient_bytes));
+    const int64_t full_bytes = rows * p.classes * value_bytes;
+    const int64_t subnets_bytes = (p.streams - 1) * p.subnet_rows * p.classes * value_bytes;
+    plan.gradient_bytes = full_bytes + subnets_bytes;
+    // Gradients are dense, whatever the order of their dimensions.
+    if (p.full.gradient != nullptr)
+      prefer_huge_pages(p.full.gradient, static_cast<size_t>(full_bytes));
+    if (p.subnets.gradient != nullptr && p.streams > 1)
+      prefer_huge_pages(p.subnets.gradient, static_cast<size_t>(subnets_bytes));
     constexpr size_t kAlignment = 64;
     plan.scratch_bytes =
         (GKT_BEST(group_knowledge_loss_scratch)(p) + kAlignment - 1) / kAlignment * kAlignment;

@@ -21,7 +21,7 @@ struct GroupKnowledgeLossPlan {
   double* sums;          // (chunks, streams + 1): CE, the kd_s, then the subnets' cross entropies
   char* scratch;         // (threads, scratch_bytes), aligned to 64 bytes
   size_t scratch_bytes;  // per thread
-  double ce_rows, kd_rows;  // how many rows the means of CE and kd count
+  double ce_rows, kd_rows, subnet_ce_rows;  // how many rows the means count
   int threads;
   int64_t gradient_bytes;
 };
@@ -55,26 +55,28 @@ class TileRows {
       : p_(p),
         n_(vectors(p.classes)),
         tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
-        large_(std::is_same_v<T, float> && plan.gradient_bytes >= kStreamingBytes &&
-               (kRowsInLanes ? p.gradient_row_strides[p.row_dims - 1] == 1 &&
-                                   p.gradient_class_stride % W == 0
-                             : p.gradient_class_stride == 1)) {}
+        large_(std::is_same_v<T, float> && plan.gradient_bytes >= kStreamingBytes) {}
 
-  // The tile's next rows: `count` of them.
-  void begin_rows(int count) {
+  // The rows that come next lie in `streams`: `count` of them.
+  void begin_rows(const gkt_stream_logits& streams, int count) {
+    streams_ = &streams;
     count_ = count;
     const int inner = p_.row_dims - 1;
-    logits_step_ = p_.logits_row_strides[inner];
-    gradient_step_ = p_.gradient_row_strides[inner];
-    ahead_step_ = kRowsInLanes && logits_step_ == 1 ? p_.logits_class_stride : W;
-    result_step_ = kRowsInLanes && gradient_step_ == 1 ? p_.gradient_class_stride : W;
+    logits_step_ = streams.row_strides[inner];
+    gradient_step_ = streams.gradient_row_strides[inner];
+    class_step_ = streams.gradient_class_stride;
+    result_step_ = kRowsInLanes && gradient_step_ == 1 ? class_step_ : W;
+    aligned_ = kRowsInLanes ? gradient_step_ == 1 && class_step_ % W == 0 : class_step_ == 1;
   }
 
   // Where a stream's rows are read and, unless null, where their gradient goes; `ahead`: the logits
-  // that are read next.
-  void begin_stream(T* to, const T* ahead) {
-    streaming_ = large_ && count_ == kRows && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+  // that are read next, and the streams that they are of.
+  void begin_stream(T* to, const T* ahead, const gkt_stream_logits& ahead_of) {
+    streaming_ = large_ && aligned_ && count_ == kRows &&
+                 reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
     ahead_ = ahead;
+    ahead_step_ =
+        kRowsInLanes && ahead_of.row_strides[p_.row_dims - 1] == 1 ? ahead_of.class_stride : W;
     result_ = streaming_ ? nullptr : to;
   }
 
@@ -84,6 +86,22 @@ class TileRows {
     const int64_t whole = tail_ == W ? n_ : n_ - 1;
     for (int64_t i = 0; i < whole; ++i) body(i, Last<false>{});
     if (whole < n_) body(whole, Last<true>{});
+  }
+
+  // Adds to total what body(i, last, sums) adds to its sums for every vector. By blocks: rounding
+  // errors grow with the length of a block and the number of blocks, not with that of the row.
+  template <class Sums, class Body>
+  Sums sum_vectors(Sums total, const Body& body) const {
+    constexpr int64_t kBlock = 256;
+    const int64_t whole = tail_ == W ? n_ : n_ - 1;
+    for (int64_t begin = 0; begin < whole; begin += kBlock) {
+      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
+      Sums block{};
+      for (int64_t i = begin; i < end; ++i) body(i, Last<false>{}, block);
+      total += block;
+    }
+    if (whole < n_) body(whole, Last<true>{}, total);
+    return total;
   }
 
   // Zero in the unused lanes of the last vector.
@@ -126,7 +144,7 @@ class TileRows {
   // The gradient's vector i: to memory where rows or classes are adjacent there, else to scratch.
   template <bool kLast>
   void put(T* to, int64_t i, V g, Last<kLast>) const {
-    const int64_t class_step = p_.gradient_class_stride;
+    const int64_t class_step = class_step_;
     if (kRowsInLanes && gradient_step_ == 1) {
       if (streaming_)
         store_streaming(to + i * class_step, g);
@@ -148,7 +166,7 @@ class TileRows {
 
   void store_scattered(T* to) const {
     const Real* from = reinterpret_cast<const Real*>(output_);
-    const int64_t class_step = p_.gradient_class_stride;
+    const int64_t class_step = class_step_;
     if (kRowsInLanes && gradient_step_ != 1) {
       int64_t begin = 0;
       if constexpr (std::is_same_v<T, float>) {
@@ -174,12 +192,13 @@ class TileRows {
   // Memory to have at hand: the logits of the next stream, and where the gradient goes.
   const T *ahead_ = nullptr, *result_ = nullptr;
   int64_t ahead_step_ = 0, result_step_ = 0;
-  int64_t logits_step_ = 0, gradient_step_ = 0;
+  const gkt_stream_logits* streams_ = nullptr;
+  int64_t logits_step_ = 0, gradient_step_ = 0, class_step_ = 0;
   int count_ = 0;  // rows in the tile
 
  private:
   const bool large_;
-  bool streaming_ = false;
+  bool aligned_ = false, streaming_ = false;
 };
 
 }  // namespace

@@ -13,6 +13,17 @@ namespace gkt {
 namespace GKT_ISA {
 namespace {
 
+template <class V>
+struct TwoSums {
+  V first, second;
+
+  TwoSums& operator+=(const TwoSums& other) {
+    first += other.first;
+    second += other.second;
+    return *this;
+  }
+};
+
 enum class CrossEntropy { none, indices, probabilities };
 
 // softmax(n(x) / T) for each row of the tile: exp((x - max) * scale) * inverse_sum.
@@ -45,8 +56,7 @@ class Tile : public TileRows<T, kRowsInLanes> {
         temperature_(static_cast<Real>(p.temperature)),
         ce_scale_(static_cast<Real>(p.gradient_scale / plan.ce_rows)),
         kd_scale_(static_cast<Real>(p.gradient_scale / plan.kd_rows)),
-        logits_(static_cast<const T*>(p.logits)),
-        gradient_(static_cast<T*>(p.gradient)) {
+        subnet_ce_scale_(static_cast<Real>(p.gradient_scale / plan.subnet_ce_rows)) {
     next_ = reinterpret_cast<V*>(plan.scratch + plan.scratch_bytes * static_cast<size_t>(thread));
     knowledge_ = reinterpret_cast<Softmax<V>*>(next_);
     next_ += kept(p) * static_cast<int64_t>(sizeof(Softmax<V>) / sizeof(V));
@@ -58,21 +68,37 @@ class Tile : public TileRows<T, kRowsInLanes> {
     output_ = take();
   }
 
-  // Adds the terms of `count` rows to sums (streams + 1) and writes their gradient.
-  void run(int64_t logits_row, int64_t gradient_row, int64_t targets_row, int count, double* sums) {
-    logits_row_ = logits_row;
-    gradient_row_ = gradient_row;
-    begin_rows(count);
+  // Rows of the tile in one tensor: offset of the first, there and in its gradient, and how many.
+  struct Rows {
+    int64_t logits, gradient;
+    int count;
+  };
+
+  // Adds the terms of the rows to sums (streams + 1) and writes their gradient. Subnets have the
+  // first of the full network's.
+  void run(const Rows& full, const Rows& subnets, int64_t targets_row, double* sums) {
+    full_rows_ = full;
+    subnet_rows_ = subnets;
+    begin_rows(p_.full, full.count);
     load_targets(targets_row, p_.targets_row_strides[p_.row_dims - 1]);
-    for (int64_t s = 0; s < p_.streams; ++s) stream(s, sums);
+    stream(0, sums);
+    if (subnets.count == 0) return;
+    begin_rows(p_.subnets, subnets.count);
+    if (kRowsInLanes) {
+      const I in_share = lane_indices<V>() < subnets.count;
+      ce_counted_ &= in_share;
+      kd_counted_ &= in_share;
+    }
+    for (int64_t s = 1; s < p_.streams; ++s) stream(s, sums);
   }
 
  private:
   using I = Ints<V>;
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   using Base::ahead_, Base::ahead_step_, Base::begin_rows, Base::begin_stream, Base::count_;
-  using Base::for_vectors, Base::load_rows, Base::logits_step_, Base::n_, Base::output_, Base::p_;
-  using Base::result_, Base::result_step_, Base::store_scattered;
+  using Base::for_vectors, Base::sum_vectors, Base::load_rows, Base::logits_step_, Base::n_,
+      Base::output_, Base::p_;
+  using Base::result_, Base::result_step_, Base::store_scattered, Base::streams_;
 
   static int64_t kept(const Params& p) { return p.streams - 1 > p.groups ? p.groups : 1; }
 
@@ -109,12 +135,10 @@ class Tile : public TileRows<T, kRowsInLanes> {
       load_rows(from, step, p_.targets_class_stride, Real{0}, targets_);
       const Real uniform = static_cast<Real>(p_.label_smoothing / static_cast<double>(p_.classes));
       const Real keep = static_cast<Real>(1 - p_.label_smoothing);
-      V total{};
-      for_vectors([&](int64_t i, auto last) {
+      target_total_ = sum_classes(sum_vectors(V{}, [&](int64_t i, auto last, V& total) {
         targets_[i] = targets_[i] * keep + uniform;
         total += this->used(targets_[i], last);
-      });
-      target_total_ = sum_classes(total);
+      }));
       ce_counted_ = rows;
       kd_counted_ = rows;
       return;
@@ -136,23 +160,24 @@ class Tile : public TileRows<T, kRowsInLanes> {
     const bool first_loop = s <= p_.groups;
     const Real infinity = static_cast<Real>(__builtin_inf());
     Softmax<V>& q = student_;
-    load_rows(logits_ + s * p_.logits_stream_stride + logits_row_, logits_step_,
-              p_.logits_class_stride, -infinity, q.x);
+    load_rows(logits(s), logits_step_, streams_->class_stride, -infinity, q.x);
     measure(q);
     const double ce_weight = s == 0 ? p_.ce_weight : p_.subnet_ce_weight;
     const bool has_ce = s == 0 || ce_weight != 0;
     Coefficients k{};
-    T* to =
-        gradient_ == nullptr ? nullptr : gradient_ + s * p_.gradient_stream_stride + gradient_row_;
-    begin_stream(to, logits_ + (s + 1 < p_.streams ? (s + 1) * p_.logits_stream_stride + logits_row_
-                                                   : logits_row_ + kRows * logits_step_));
+    T* const to = gradient(s);
+    if (s + 1 < p_.streams && subnet_rows_.count > 0)
+      begin_stream(to, logits(s + 1), p_.subnets);
+    else
+      begin_stream(to, logits(0) + kRows * p_.full.row_strides[p_.row_dims - 1], p_.full);
     soften(q);
     if (s > 0) add_rows(sums + s, compare(q, knowledge_[slot(group - 1)], k), kd_counted_);
     if (has_ce) {
-      const V ce = cross_entropy(q, static_cast<Real>(ce_weight), k);
+      const V ce = cross_entropy(
+          q, static_cast<Real>(ce_weight) * (s == 0 ? ce_scale_ : subnet_ce_scale_), k);
       add_rows(sums + (s == 0 ? 0 : p_.streams), ce, ce_counted_);
     }
-    if (gradient_ != nullptr) {
+    if (to != nullptr) {
       const bool has_kd = s > 0 && p_.kd_weight != 0;
       if (ce_weight == 0)
         differentiate<CrossEntropy::none>(q, has_kd, k, to);
@@ -174,6 +199,18 @@ class Tile : public TileRows<T, kRowsInLanes> {
     }
   }
 
+  const T* logits(int64_t s) const {
+    const gkt_stream_logits& from = s == 0 ? p_.full : p_.subnets;
+    return static_cast<const T*>(from.logits) + (s == 0 ? 0 : (s - 1) * from.stream_stride) +
+           (s == 0 ? full_rows_ : subnet_rows_).logits;
+  }
+
+  T* gradient(int64_t s) const {
+    T* const to = static_cast<T*>(streams_->gradient);
+    if (to == nullptr || s == 0) return to == nullptr ? nullptr : to + full_rows_.gradient;
+    return to + (s - 1) * streams_->gradient_stream_stride + subnet_rows_.gradient;
+  }
+
   // With one loop a group's knowledge replaces that of the group before it.
   int64_t slot(int64_t group) const { return kept(p_) == 1 ? 0 : group; }
 
@@ -190,9 +227,9 @@ class Tile : public TileRows<T, kRowsInLanes> {
     const V shift = first_class(q.x);
     V max = shift, sum{};
     if (needs_mean) {
-      for_vectors([&](int64_t i, auto last) {
+      sum = sum_vectors(V{}, [&](int64_t i, auto last, V& part) {
         max = maximum(q.x[i], max);
-        sum += this->used(q.x[i] - shift, last);
+        part += this->used(q.x[i] - shift, last);
       });
     } else {
       for_vectors([&](int64_t i, auto) { max = maximum(q.x[i], max); });
@@ -205,13 +242,14 @@ class Tile : public TileRows<T, kRowsInLanes> {
       q.scale = broadcast<V>(1 / temperature_);
       return;
     }
-    V squares{};
-    for_vectors([&](int64_t i, auto last) {
+    const V squares = sum_vectors(V{}, [&](int64_t i, auto last, V& part) {
       const V centered = this->used(q.x[i] - shift - mean, last);
-      squares += centered * centered;
+      part += centered * centered;
     });
     const V variance = sum_classes(squares) * per_class;
-    q.slope = 1 / square_root<Real>(variance + static_cast<Real>(p_.eps));
+    // A variance that overflows must not pass for an infinite one, which would leave no logits.
+    const V slope = 1 / square_root<Real>(variance + static_cast<Real>(p_.eps));
+    q.slope = slope > 0 ? slope : broadcast<V>(static_cast<Real>(__builtin_nan("")));
     q.top = max_minus_mean_ * q.slope;
     q.scale = q.slope / temperature_;
   }
@@ -221,14 +259,12 @@ class Tile : public TileRows<T, kRowsInLanes> {
     const T *ahead = ahead_, *result = result_;
     const int64_t ahead_step = ahead_step_, result_step = result_step_;
     V* e = softmax.e;
-    V sum{};
-    for_vectors([&](int64_t i, auto) {
+    const V sum = sum_classes(sum_vectors(V{}, [&](int64_t i, auto, V& part) {
       __builtin_prefetch(ahead + i * ahead_step, 0, 2);
       if (result != nullptr) __builtin_prefetch(result + i * result_step, 1, 2);
       e[i] = exponential((x[i] - max) * scale);
-      sum += e[i];
-    });
-    sum = sum_classes(sum);
+      part += e[i];
+    }));
     softmax.inverse_sum = 1 / sum;
     softmax.log_sum = logarithm<Real>(sum);
   }
@@ -250,8 +286,7 @@ class Tile : public TileRows<T, kRowsInLanes> {
     const V teacher_inverse_sum = teacher.inverse_sum, log_ratio = q.log_sum - teacher.log_sum;
     const Real temperature = temperature_;
     V* difference = difference_;
-    V divergence{}, dot{};
-    for_vectors([&](int64_t i, auto last) {
+    const auto sums = sum_vectors(TwoSums<V>{}, [&](int64_t i, auto last, TwoSums<V>& part) {
       const V student_d = (x[i] - max) * scale;
       const V d = student_d - (teacher_x[i] - teacher_max) * teacher_scale - log_ratio;
       const V student = e[i] * inverse_sum, p = teacher_e[i] * teacher_inverse_sum;
@@ -264,45 +299,45 @@ class Tile : public TileRows<T, kRowsInLanes> {
       const I near = (d < kNear) & (d > -kNear);
       const V apart = student - p;
       const V change = near ? series + p * d : apart;
-      divergence += near ? series : apart - (p == 0 ? V{} : p * d);  // 0 log 0 = 0, also for -inf
+      part.first += near ? series : apart - (p == 0 ? V{} : p * d);  // 0 log 0 = 0, also for -inf
       difference[i] = change;
-      if (kNormalized) dot += this->used(change * (student_d * temperature + top), last);
+      if (kNormalized) part.second += this->used(change * (student_d * temperature + top), last);
     });
     const Real weight = static_cast<Real>(p_.kd_weight) * temperature_ * kd_scale_;
     k.difference = kd_counted_ ? broadcast<V>(weight) : V{};
     if (kNormalized) {
       // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = weight * (q - p), whose sum is zero.
-      const V mean = sum_classes(dot) * static_cast<Real>(1.0 / static_cast<double>(p_.classes));
+      const V mean =
+          sum_classes(sums.second) * static_cast<Real>(1.0 / static_cast<double>(p_.classes));
       k.difference *= q.slope;
       k.centre_slope = k.difference * mean * q.slope;
       k.centre_top = k.difference * mean * q.top;
     }
-    return sum_classes(divergence) * (temperature_ * temperature_);
+    return sum_classes(sums.first) * (temperature_ * temperature_);
   }
 
-  // The cross entropy of each row.
+  // The cross entropy of each row, whose gradient counts `weight`.
   V cross_entropy(const Softmax<V>& q, Real weight, Coefficients& k) {
     const bool shared = !p_.normalize_logits && p_.temperature == 1;
-    V sum{}, total{};
+    V sum{};
     if (!shared)
-      for_vectors([&](int64_t i, auto) {
+      sum = sum_vectors(V{}, [&](int64_t i, auto, V& part) {
         raw_[i] = exponential(q.x[i] - q.max);
-        sum += raw_[i];
+        part += raw_[i];
       });
     cross_entropy_e_ = shared ? q.e : raw_;
     sum = sum_classes(sum);
     const V log_sum = shared ? q.log_sum : logarithm<Real>(sum);
-    const V row_weight = ce_counted_ ? broadcast<V>(weight * ce_scale_) : V{};
+    const V row_weight = ce_counted_ ? broadcast<V>(weight) : V{};
     const V softmax = row_weight * (shared ? q.inverse_sum : 1 / sum);
     const Real smoothing = static_cast<Real>(p_.label_smoothing);
     k.one_hot = row_weight;
     k.softmax = softmax;
     if (p_.probabilities) {
       k.softmax *= target_total_;
-      for_vectors([&](int64_t i, auto last) {
-        total += this->used(targets_[i] * ((q.max - q.x[i]) + log_sum), last);
-      });
-      return sum_classes(total);
+      return sum_classes(sum_vectors(V{}, [&](int64_t i, auto last, V& part) {
+        part += this->used(targets_[i] * ((q.max - q.x[i]) + log_sum), last);
+      }));
     }
     k.one_hot *= 1 - smoothing;
     k.uniform = row_weight * (smoothing / static_cast<Real>(p_.classes));
@@ -363,16 +398,14 @@ class Tile : public TileRows<T, kRowsInLanes> {
     soften(knowledge);
   }
 
-  const Real temperature_, ce_scale_, kd_scale_;
-  const T* const logits_;
-  T* const gradient_;
+  const Real temperature_, ce_scale_, kd_scale_, subnet_ce_scale_;
   V* next_ = nullptr;
   Softmax<V>* knowledge_;
   Softmax<V> student_;
   V *raw_, *targets_, *difference_;
   const V* cross_entropy_e_ = nullptr;
 
-  int64_t logits_row_ = 0, gradient_row_ = 0;
+  Rows full_rows_{}, subnet_rows_{};
   Index labels_[W]{};  // class indices, 0 for a row without one
   I label_{}, ce_counted_{}, kd_counted_{};
   V target_total_{}, max_minus_mean_{};

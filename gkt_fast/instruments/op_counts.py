@@ -7,6 +7,7 @@ allocations cost nothing. FLOPs are those of torch's own counter: convolutions, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from gkt_fast.ops import LossOptions
 
 from .merges import LOADED_TOGETHER, chunk_counts, chunk_trips
 
@@ -52,9 +55,12 @@ LAUNCHES = {
     "gkt_fast::ghost_batch_norm": 3,  # kernels/cuda/ghost_batch_norm.cu: sums, merge, map; both ways
     "gkt_fast::ghost_batch_norm_tracking": 3,
     "gkt_fast::ghost_batch_norm_backward": 3,
-    "gkt_fast::group_knowledge_loss": 2,  # kernels/cuda/group_knowledge_loss.cu
 }
 """Kernels of an op; 1 unless listed, convolution_backward one for each gradient."""
+
+
+HELD_CLASSES = 1024
+"""group_knowledge_loss holds rows of so many classes in shared memory or registers."""
 
 
 class OpCost(NamedTuple):
@@ -112,12 +118,35 @@ def _cost(func: Any, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -
     moved += sum(_size(tensor) for tensor in _distinct(outputs))
     moved += sum(_size(args[i]) for i in TWO_PASSES.get(name, ()) if _trains(name, args))
     launches = LAUNCHES.get(name, 1)
+    if name == "gkt_fast::group_knowledge_loss":
+        launches = 2 if args[1].is_floating_point() else 3  # kernels/cuda/group_knowledge_loss.cu
+        moved += _reads_of_long_rows(args)
     if name == "aten::convolution_backward":
         launches = sum(args[-1])
         moved += (launches - 1) * _size(args[0])  # each of the kernels reads the gradient
     floating = (value.dtype for value in (*inputs, *outputs) if value.is_floating_point())
     flops = _flops(func, name, args, kwargs, out)
     return OpCost(name, moved, flops, launches, next(floating, None), _waits(name, args))
+
+
+def _reads_of_long_rows(args: tuple) -> int:
+    """Bytes that group_knowledge_loss reads beyond each logit once, where a row is too long to be held on the chip.
+
+    A second pass over every stream (three more where logits are normalised), and the teacher's logits in each pass that
+    compares: a stream's own teacher is the one before.
+    """
+    logits, full = args[0], args[2]
+    if logits.shape[2] <= HELD_CLASSES:
+        return 0
+    normalized = args[3 + list(_loss_options()).index("normalize_logits")]
+    own, compared = (3, 2) if normalized else (1, 1)
+    stream = _size(logits) // max(logits.shape[0], 1)
+    taught = logits.shape[0] if full is not None else logits.shape[0] - 1
+    return own * (_size(logits) + (0 if full is None else _size(full))) + compared * taught * stream
+
+
+def _loss_options() -> tuple[str, ...]:
+    return tuple(option.name for option in dataclasses.fields(LossOptions))
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from .group_knowledge_loss import (
     Past,
     group_knowledge_loss,
     group_knowledge_loss_reference,
+    wrong_class_index,
 )
 from .native import build_info
 from .registry import BackendError, explain, use_backend
@@ -26,4 +27,5 @@ __all__ = [
     "residual_block",
     "residual_block_reference",
     "use_backend",
+    "wrong_class_index",
 ]

@@ -19,7 +19,7 @@ __all__ = [
     "native_module",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The ABI's number of a dtype (csrc/gkt_abi.h)."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..distributed import any_rank
+from ..distributed import any_rank, rank
+from ..ops import wrong_class_index
 from ..subnets.streams import first_group, place_of
 from .state import TrainingState
 
@@ -42,20 +43,28 @@ class LossCheck:
         state = self._state
         found = state.metrics.first_non_finite()
         where = "" if found is None else self._describe(*found)
+        cause = "" if found is None else self._cause()
         if not state.optimization.skip_nonfinite:
             if found is not None:
                 raise NonFiniteLossError(
                     f"the loss is not finite at {where}; checkpoints written before are untouched"
+                    + (f". {cause}" if cause else "")
                 )
             return
         skipped = int(state.optimization.skipped)
         if skipped > self.skipped:
             logger.warning(
-                "%d steps skipped so far for NaN or infinite losses or gradients%s",
+                "%d steps skipped so far for NaN or infinite losses or gradients%s%s",
                 skipped,
                 f"; the first loss of this epoch at {where}" if where else "",
+                f". {cause}" if cause else "",
             )
         self.skipped = skipped
+
+    def _cause(self) -> str:
+        """A class index out of range, which makes the loss NaN on a GPU; none that another rank met."""
+        found = wrong_class_index(self._state.device)
+        return "" if found is None else f"On rank {rank()} {found}"
 
     def _describe(self, step: int, streams: Sequence[int]) -> str:
         """The step, and the streams whose term is not finite."""

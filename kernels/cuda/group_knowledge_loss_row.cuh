@@ -1,16 +1,15 @@
 // One row of group_knowledge_loss on the GPU, through all its streams, by the threads that share
-// it: one, a warp or a block. Classes are walked once per pass; the passes after the first find
-// them in cache. A group's knowledge is not stored: it is a weighted sum of the logits of the
-// streams that visited the group, which are read again.
+// it: one, a warp or a block. Classes are walked in two passes, with an online softmax in the
+// first; in four where logits are normalised. Every thread keeps the classes that it has read in
+// shared memory where they fit, for the later passes and the next stream; else all passes read from
+// memory. A group's knowledge is not stored: it is a weighted sum of the logits of the streams that
+// visited the group.
 #pragma once
 
-#include "common.cuh"
-#include "gkt_abi.h"
+#include "group_knowledge_loss_count.cuh"
 
 namespace gkt {
 namespace {
-
-using Params = gkt_group_knowledge_loss_params;
 
 // The options in the type that they are used in: the GPU divides and converts double slowly.
 template <class Real>
@@ -40,16 +39,6 @@ Options<Real> make_options(const Params& p) {
           static_cast<Real>(1 / classes)};
 }
 
-__device__ int64_t row_offset(const Params& p, const int64_t* strides, uint32_t row) {
-  int64_t offset = 0;
-  for (int d = p.row_dims - 1; d > 0; --d) {
-    const uint32_t size = static_cast<uint32_t>(p.row_sizes[d]);
-    offset += static_cast<int64_t>(row % size) * strides[d];
-    row /= size;
-  }
-  return offset + static_cast<int64_t>(row) * strides[0];
-}
-
 // softmax(n(x) / T) = exp((x - maximum) * scale) * inverse_sum with n(x) = (x - maximum) * slope +
 // top.
 template <class Real>
@@ -74,16 +63,19 @@ struct RowLoss {
 
   const Params& p;
   const Options<Real>& o;
-  Real ce_rows, kd_rows;   // how many the means count
-  Real* scratch;           // of the block's reductions
-  double* sums;            // (S + 1) of this group: CE, the kd_s, the subnets' cross entropies
-  Softmax<Real>* visited;  // (S) of this group, for the knowledge of several loops
+  Real ce_rows, kd_rows, subnet_ce_rows;  // how many the means count
+  Real* scratch;                          // of the block's reductions
+  double* sums;              // (S + 1) of this group: CE, the kd_s, the subnets' cross entropies
+  Softmax<Real>* visited;    // (S) of this group, for the knowledge of several loops
+  Vector<T, kVector>* held;  // (slots, held_vectors), kThreads apart: this thread's; null: none
+  int held_vectors;          // of a row
   int lane;
-  const T* logits = nullptr;  // the row in stream 0
-  T* gradient = nullptr;
+  const T *full = nullptr, *subnets = nullptr;  // the row in streams 0 and 1
+  T *full_gradient = nullptr, *subnets_gradient = nullptr;
   const void* targets = nullptr;
   bool ce_counted = true, kd_counted = true;
   int label = -1;
+  Real target_total = 1;
 
   __device__ Real sum(Real value) const { return reduce<kGroup>(value, Sum(), Real(0), scratch); }
   __device__ Real max(Real value) const {
@@ -96,12 +88,29 @@ struct RowLoss {
     for (int c = lane * kVector; c < o.classes; c += kGroup * kVector) body(c);
   }
 
+  __device__ __forceinline__ const T* address(int stream, int c) const {
+    return stream == 0
+               ? full + c * p.full.class_stride
+               : subnets + (stream - 1) * p.subnets.stream_stride + c * p.subnets.class_stride;
+  }
+
+  __device__ __forceinline__ Vector<T, kVector>& place(int stream, int c) const {
+    const int slot = kOneLoop ? stream & 1 : stream;
+    return held[(slot * held_vectors + c / (kGroup * kVector)) * kThreads];
+  }
+
+  // The first time that a stream's classes are read.
+  __device__ __forceinline__ void fetch(int stream, int c, Real (&x)[kVector]) const {
+    const Vector<T, kVector> packed = load_read_only<T, kVector>(address(stream, c));
+    if constexpr (kGroup <= kWarpSize)
+      if (held != nullptr) place(stream, c) = packed;
+    unpack(packed, x);
+  }
+
   __device__ __forceinline__ void load(int stream, int c, Real (&x)[kVector]) const {
-    const T* from = logits + stream * p.logits_stream_stride + c * p.logits_class_stride;
-    if constexpr (kVector == 1)
-      x[0] = to_compute(*from);
-    else
-      load_vector<T, kVector>(from, x);
+    if constexpr (kGroup <= kWarpSize)
+      if (held != nullptr) return unpack(place(stream, c), x);
+    unpack(load_read_only<T, kVector>(address(stream, c)), x);
   }
 
   // K of `group` after `visits` loops: the first counts ema^(visits - 1), a later one
@@ -139,40 +148,58 @@ struct RowLoss {
   }
 
   __device__ void run(uint32_t row) {
-    logits = static_cast<const T*>(p.logits) + row_offset(p, p.logits_row_strides, row);
-    if (p.gradient != nullptr)
-      gradient = static_cast<T*>(p.gradient) + row_offset(p, p.gradient_row_strides, row);
+    full = static_cast<const T*>(p.full.logits) + row_offset(p, p.full.row_strides, row);
+    subnets = static_cast<const T*>(p.subnets.logits) + row_offset(p, p.subnets.row_strides, row);
+    if (p.full.gradient != nullptr) {
+      full_gradient =
+          static_cast<T*>(p.full.gradient) + row_offset(p, p.full.gradient_row_strides, row);
+      subnets_gradient =
+          static_cast<T*>(p.subnets.gradient) + row_offset(p, p.subnets.gradient_row_strides, row);
+    }
     const int64_t target = row_offset(p, p.targets_row_strides, row);
     if (p.probabilities) {
       targets = static_cast<const Real*>(p.targets) + target;
+      Real total = 0;
+      for_classes([&](int c) {
+        for (int i = 0; i < kVector; ++i) total += probability(c + i);
+      });
+      target_total = sum(total);
     } else {
       const int64_t index = static_cast<const int64_t*>(p.targets)[target];
-      label = static_cast<int>(index);
       ce_counted = index != p.ignore_index;
+      // One out of range was counted, which makes everything NaN.
+      label = index >= 0 && index < o.classes ? static_cast<int>(index) : ce_counted ? 0 : -1;
     }
     kd_counted = p.distill_ignored || ce_counted;
     Softmax<Real> teacher{};
-    for (int s = 0; s < o.streams; ++s) stream(s, teacher);
+    const int streams = row < p.subnet_rows ? o.streams : 1;
+    for (int s = 0; s < streams; ++s) stream(s, teacher);
   }
 
   // `teacher` comes as the softmax of the stream before, and leaves as this stream's.
   __device__ void stream(int s, Softmax<Real>& teacher) {
-    const Real temperature = o.temperature, per_class = o.per_class;
-    const T* row = logits + s * p.logits_stream_stride;
-    const Real shift = to_compute(row[0]);  // keeps the mean of equal logits exact
-    Real x[kVector], k[kVector];
+    const Real shift = to_compute(*address(s, 0));  // keeps the mean of equal logits exact
+    const Real ce_weight = s == 0 ? o.ce_weight : o.subnet_ce_weight;
+    const bool has_ce = s == 0 || ce_weight != 0;
+    const bool shared = !o.normalized && o.temperature == 1;  // by both softmaxes
+    Real x[kVector];
 
     Softmax<Real> q;
+    q.scale = 1 / o.temperature;
+    OnlineSum softened{!o.normalized, q.scale}, raw{has_ce && !shared, 1};
     Real maximum = -Real(INFINITY), total = 0;
     for_classes([&](int c) {
-      load(s, c, x);
+      fetch(s, c, x);
+      const Real before = maximum;
       for (int i = 0; i < kVector; ++i) {
         maximum = x[i] > maximum ? x[i] : maximum;
         total += x[i] - shift;
       }
+      softened.add(x, before, maximum);
+      raw.add(x, before, maximum);
     });
     q.maximum = max(maximum);
-    const Real mean = sum(total) * per_class;
+    const Real mean = sum(total) * o.per_class;
     const Real maximum_minus_mean = (q.maximum - shift) - mean;
     q.slope = 1;
     if (o.normalized) {
@@ -184,76 +211,71 @@ struct RowLoss {
           squares += deviation * deviation;
         }
       });
-      q.slope = 1 / sqrt(sum(squares) * per_class + o.eps);
+      q.slope = 1 / sqrt(sum(squares) * o.per_class + o.eps);
+      // A variance that overflows must not pass for an infinite one, which would leave no logits.
+      if (!(q.slope > 0)) q.slope = NAN;
+      q.scale *= q.slope;
+      softened.scale = q.scale;
+      for_classes([&](int c) {
+        load(s, c, x);
+        for (int i = 0; i < kVector; ++i) softened.sum += exp((x[i] - q.maximum) * q.scale);
+      });
+    } else {
+      softened.rescale(maximum, q.maximum);
     }
     q.top = maximum_minus_mean * q.slope;
-    q.scale = q.slope / temperature;
-
-    const Real ce_weight = s == 0 ? o.ce_weight : o.subnet_ce_weight;
-    const bool has_ce = s == 0 || ce_weight != 0;
-    Real raw_total = 0;
-    total = 0;
-    for_classes([&](int c) {
-      load(s, c, x);
-      for (int i = 0; i < kVector; ++i) {
-        total += exp((x[i] - q.maximum) * q.scale);
-        if (has_ce) raw_total += exp(x[i] - q.maximum);
-      }
-    });
-    q.sum = sum(total);
+    q.sum = sum(softened.sum);
     q.inverse_sum = 1 / q.sum;
-    raw_total = has_ce ? sum(raw_total) : Real(1);
+    Real raw_sum = q.sum;
+    if (has_ce && !shared) {
+      raw.rescale(maximum, q.maximum);
+      raw_sum = sum(raw.sum);
+    }
     if (!kOneLoop) {
+      if constexpr (kGroup == kWarpSize) __syncwarp();  // other lanes are done with the row before
       if (lane == 0) visited[s] = q;
       if constexpr (kGroup == kWarpSize) __syncwarp();
       if constexpr (kGroup > kWarpSize) __syncthreads();
       if (s > 0) teacher = soften_knowledge(s);
     }
-
-    Real dot = 0;
-    const Real log_ratio = log(q.sum) - log(teacher.sum);
-    if (s > 0) {
-      Real divergence = 0;
-      for_classes([&](int c) {
-        load(s, c, x);
-        load_teacher(s, c, k);
-        for (int i = 0; i < kVector; ++i) {
-          Real summand;
-          const Real change = compare(x[i], k[i], q, teacher, log_ratio, summand);
-          divergence += summand;
-          if (o.normalized) dot += change * ((x[i] - q.maximum) * q.slope + q.top);
-        }
-      });
-      divergence = sum(divergence);
-      if (o.normalized) dot = sum(dot) * per_class;
-      if (lane == 0 && kd_counted)
-        sums[s] += static_cast<double>(divergence * temperature * temperature);
-    }
-    Real target_total = 1;
-    if (has_ce) {
-      const Real value =
-          cross_entropy(s, q.maximum, maximum_minus_mean, log(raw_total), target_total);
-      if (lane == 0 && ce_counted) sums[s == 0 ? 0 : o.streams] += static_cast<double>(value);
-    }
-    if (gradient != nullptr)
-      differentiate(s, q, teacher, log_ratio, dot, ce_weight, target_total / raw_total);
+    compare_and_differentiate(s, q, teacher, ce_weight, has_ce, raw_sum, maximum_minus_mean);
     teacher = q;
   }
+
+  // Sum of exp((x - maximum) * scale) while the maximum grows.
+  struct OnlineSum {
+    bool wanted;
+    Real scale, sum = 0;
+
+    __device__ OnlineSum(bool wanted, Real scale) : wanted(wanted), scale(scale) {}
+
+    __device__ __forceinline__ void add(const Real (&x)[kVector], Real before, Real maximum) {
+      if (!wanted) return;
+      if (maximum > before) sum *= exp((before - maximum) * scale);
+      const Real base = maximum == -Real(INFINITY) ? Real(0) : maximum;
+      for (int i = 0; i < kVector; ++i) sum += exp((x[i] - base) * scale);
+    }
+
+    // From the maximum of this thread's classes to that of the row.
+    __device__ __forceinline__ void rescale(Real own, Real maximum) {
+      if (wanted && own != maximum) sum *= exp((own - maximum) * scale);
+    }
+  };
 
   __device__ Softmax<Real> soften_knowledge(int s) const {
     Softmax<Real> teacher{};
     teacher.scale = 1 / o.temperature;
-    Real k[kVector], maximum = -Real(INFINITY), total = 0;
+    OnlineSum softened{true, teacher.scale};
+    Real k[kVector], maximum = -Real(INFINITY);
     for_classes([&](int c) {
       load_teacher(s, c, k);
+      const Real before = maximum;
       for (int i = 0; i < kVector; ++i) maximum = k[i] > maximum ? k[i] : maximum;
+      softened.add(k, before, maximum);
     });
     teacher.maximum = max(maximum);
-    for_classes([&](int c) {
-      load_teacher(s, c, k);
-      for (int i = 0; i < kVector; ++i) total += exp((k[i] - teacher.maximum) * teacher.scale);
-    });
-    teacher.sum = sum(total);
+    softened.rescale(maximum, teacher.maximum);
+    teacher.sum = sum(softened.sum);
     teacher.inverse_sum = 1 / teacher.sum;
     return teacher;
   }
@@ -281,64 +303,90 @@ struct RowLoss {
     return q - prob;
   }
 
-  __device__ Real cross_entropy(int s, Real maximum, Real maximum_minus_mean, Real log_sum,
-                                Real& target_total) const {
-    if (p.probabilities) {
-      Real value = 0, total = 0, x[kVector];
-      for_classes([&](int c) {
-        load(s, c, x);
-        for (int i = 0; i < kVector; ++i) {
-          const Real t = probability(c + i);
-          value += t * ((maximum - x[i]) + log_sum);
-          total += t;
-        }
-      });
-      target_total = sum(total);
-      return sum(value);
-    }
-    if (!ce_counted) return 0;
-    const Real chosen =
-        to_compute(logits[s * p.logits_stream_stride + label * p.logits_class_stride]);
-    const Real nll = (maximum - chosen) + log_sum;
-    if (o.smoothing == 0) return nll;
-    return nll * (1 - o.smoothing) + (maximum_minus_mean + log_sum) * o.smoothing;
+  // The mean over classes of n(x) * (q - p), which normalisation takes from the gradient.
+  __device__ Real project(int s, const Softmax<Real>& q, const Softmax<Real>& teacher,
+                          Real log_ratio) const {
+    Real dot = 0, x[kVector], k[kVector];
+    for_classes([&](int c) {
+      load(s, c, x);
+      load_teacher(s, c, k);
+      for (int i = 0; i < kVector; ++i) {
+        Real summand;
+        const Real change = compare(x[i], k[i], q, teacher, log_ratio, summand);
+        dot += change * ((x[i] - q.maximum) * q.slope + q.top);
+      }
+    });
+    return sum(dot) * o.per_class;
   }
 
-  __device__ void differentiate(int s, const Softmax<Real>& q, const Softmax<Real>& teacher,
-                                Real log_ratio, Real dot, Real ce_weight,
-                                Real softmax_factor) const {
-    const bool distilled = s > 0 && o.kd_weight != 0, has_ce = ce_weight != 0;
-    const Real ce = ce_counted ? ce_weight * o.gradient_scale / ce_rows : Real(0);
-    const Real kd = kd_counted ? o.kd_weight * o.temperature * o.gradient_scale / kd_rows : Real(0);
-    const Real one_hot = ce * (1 - o.smoothing);
-    const Real uniform = ce * o.uniform;
-    T* to = gradient + s * p.gradient_stream_stride;
-    for_classes([&](int c) {
-      Real x[kVector], k[kVector], g[kVector];
-      load(s, c, x);
-      if (distilled) load_teacher(s, c, k);
-      for (int i = 0; i < kVector; ++i) {
-        g[i] = 0;
-        if (distilled) {
-          Real summand;
-          g[i] = compare(x[i], k[i], q, teacher, log_ratio, summand);
-          // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = q - p, whose sum is zero.
-          if (o.normalized) g[i] -= ((x[i] - q.maximum) * q.slope + q.top) * dot;
-          g[i] *= kd * q.slope;
+  __device__ void compare_and_differentiate(int s, const Softmax<Real>& q,
+                                            const Softmax<Real>& teacher, Real ce_weight,
+                                            bool has_ce, Real raw_sum, Real maximum_minus_mean) {
+    const bool compared = s > 0, distilled = compared && o.kd_weight != 0;
+    const bool by_probability = has_ce && p.probabilities, weighted = ce_weight != 0;
+    T* to = s == 0 ? full_gradient
+            : subnets_gradient == nullptr
+                ? nullptr
+                : subnets_gradient + (s - 1) * p.subnets.gradient_stream_stride;
+    const int64_t step = s == 0 ? p.full.gradient_class_stride : p.subnets.gradient_class_stride;
+    const Real log_raw = log(raw_sum), log_ratio = log(q.sum) - log(teacher.sum);
+    const Real ce =
+        ce_counted ? ce_weight * o.gradient_scale / (s == 0 ? ce_rows : subnet_ce_rows) : Real(0);
+    const Real kd =
+        kd_counted ? o.kd_weight * o.temperature * o.gradient_scale / kd_rows * q.slope : Real(0);
+    const Real softmax_factor = ce * target_total / raw_sum;
+    const Real one_hot = ce * (1 - o.smoothing), uniform = ce * o.uniform;
+    const Real dot =
+        o.normalized && distilled && to != nullptr ? project(s, q, teacher, log_ratio) : Real(0);
+    Real divergence = 0, value = 0;
+    if (to != nullptr || compared || by_probability)
+      for_classes([&](int c) {
+        Real x[kVector], k[kVector], g[kVector];
+        load(s, c, x);
+        if (compared) load_teacher(s, c, k);
+        for (int i = 0; i < kVector; ++i) {
+          g[i] = 0;
+          if (compared) {
+            Real summand;
+            Real change = compare(x[i], k[i], q, teacher, log_ratio, summand);
+            divergence += summand;
+            // d/dx = slope * (g - n(x) * mean_c(g n(x))) for g = q - p, whose sum is zero.
+            if (o.normalized) change -= ((x[i] - q.maximum) * q.slope + q.top) * dot;
+            if (distilled) g[i] = change * kd;
+          }
+          if (by_probability) {
+            const Real t = probability(c + i);
+            value += t * ((q.maximum - x[i]) + log_raw);
+            if (weighted) g[i] -= ce * t;
+          }
+          if (weighted) {
+            g[i] += exp(x[i] - q.maximum) * softmax_factor;
+            if (!p.probabilities) g[i] -= uniform + (c + i == label ? one_hot : Real(0));
+          }
         }
-        if (has_ce) {
-          g[i] += exp(x[i] - q.maximum) * (ce * softmax_factor);
-          if (p.probabilities)
-            g[i] -= ce * probability(c + i);
-          else
-            g[i] -= uniform + (c + i == label ? one_hot : Real(0));
-        }
-      }
-      if constexpr (kVector == 1)
-        to[c * p.gradient_class_stride] = from_compute<T>(g[0]);
-      else
-        store_vector<T, kVector>(to + c, g);
-    });
+        if (to == nullptr) return;
+        if constexpr (kVector == 1)
+          to[c * step] = from_compute<T>(g[0]);
+        else
+          store_vector<T, kVector>(to + c, g);
+      });
+    if (compared) {
+      divergence = sum(divergence) * o.temperature * o.temperature;
+      if (lane == 0 && kd_counted) sums[s] += static_cast<double>(divergence);
+    }
+    if (by_probability)
+      value = sum(value);
+    else if (has_ce && ce_counted)
+      value = negative_log_likelihood(s, q.maximum, maximum_minus_mean, log_raw);
+    if (has_ce && lane == 0 && ce_counted)
+      sums[s == 0 ? 0 : o.streams] += static_cast<double>(value);
+  }
+
+  __device__ Real negative_log_likelihood(int s, Real maximum, Real maximum_minus_mean,
+                                          Real log_sum) const {
+    const Real nll = (maximum - to_compute(*address(s, label))) + log_sum;
+    if (o.smoothing == 0) return nll;
+    return nll * (1 - o.smoothing) + (maximum_minus_mean + log_sum) * o.smoothing;
   }
 };
 

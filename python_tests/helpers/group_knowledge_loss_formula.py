@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gkt_fast.ops import registry
@@ -44,7 +45,7 @@ def expected(
         counted = torch.ones(rows, dtype=torch.bool)
     else:
         counted = targets.reshape(-1) != o["ignore_index"]
-        wanted = torch.eye(classes, dtype=torch.float64)[targets.reshape(-1).where(counted, 0)]
+        wanted = F.one_hot(targets.reshape(-1).where(counted, 0), classes).double()
     wanted = (1 - smoothing) * wanted + smoothing / classes
 
     def cross_entropy(x: Tensor) -> Tensor:

@@ -111,6 +111,21 @@ def test_group_knowledge_loss_is_one_op():
     (op,) = counted(run)
     assert op.name == "gkt_fast::group_knowledge_loss"
     assert op.bytes == FLOAT * (140 + 35 + 140 + 1 + 4)
+    assert op.launches == 2
+
+
+@pytest.mark.parametrize(("normalize_logits", "own", "compared"), [(False, 2, 1), (True, 4, 2)])
+def test_group_knowledge_loss_reads_long_rows_again(normalize_logits, own, compared):
+    """4 streams of 2 rows of 2,000 classes; class indices are counted by a kernel of its own."""
+
+    def run():
+        logits = torch.empty(4, 2, 2000).requires_grad_()
+        group_knowledge_loss(logits, torch.empty(2, dtype=torch.int64), normalize_logits=normalize_logits)
+
+    (op,) = counted(run)
+    stream = 2 * 2000
+    assert op.bytes == FLOAT * ((4 * own + 3 * compared + 4) * stream + 1 + 4) + 8 * 2
+    assert op.launches == 3
 
 
 def test_attention():

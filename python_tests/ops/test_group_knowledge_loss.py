@@ -224,6 +224,18 @@ def test_int64_offsets(backend):
     check(logits, torch.tensor([0, 4, 2]), groups=1)
 
 
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("normalize_logits", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_large_vocabularies(backend, seed, normalize_logits):
+    """Rounding errors don't grow with the length of a row."""
+    logits, targets = make((4, 1, 131072), seed=seed)
+    _, terms, gradient = run(logits, targets, normalize_logits=normalize_logits)
+    _, wanted, wanted_gradient = expected(logits, targets, groups=3, normalize_logits=normalize_logits)
+    torch.testing.assert_close(terms.double(), wanted, rtol=2e-6, atol=0)
+    assert relative_norm(gradient, wanted_gradient) <= 5e-7
+
+
 GRAD_OUTPUTS = {
     "scalar": torch.tensor(-2.5),
     "0": torch.tensor(0.0),

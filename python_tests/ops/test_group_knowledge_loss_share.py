@@ -7,18 +7,24 @@ import math
 
 import pytest
 import torch
-from helpers.backends import running_on
+from cuda_host import build
+from helpers.backends import running_on, unavailable
 from helpers.group_knowledge_loss_formula import expected, relative_norm, rounding_error
 
 from gkt_fast import GroupKnowledgeLoss, group_knowledge_loss
 from gkt_fast.ops import GroupKnowledge, LossOptions, group_knowledge_loss_reference
+from gkt_fast.ops.group_knowledge_loss.native import CudaBackend
 from gkt_fast.ops.registry import find
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpp", "triton", "cuda-host"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    if request.param == "cuda-host":
+        if reason := build.missing_tools():
+            unavailable("cuda-host", reason)
+        build.register("group_knowledge_loss", CudaBackend)
     with running_on("group_knowledge_loss", request.param):
         yield request.param
 

@@ -144,14 +144,14 @@ def test_stream_handle(driver, stream):
 def test_cuda_loss(driver):
     recorded = []
 
-    def kernel(parameters, counted_rows, partials, stream):
+    def kernel(parameters, workspace, report, stream):
         driver.launch("loss", stream)
-        recorded.extend((counted_rows, partials))
+        recorded.extend((workspace, report))
 
     module = SimpleNamespace(
         build_info=build_info,
         GroupKnowledgeLossParams=native.native_module().GroupKnowledgeLossParams,
-        max_partials=8,
+        group_knowledge_loss_workspace_cuda=lambda parameters: 100,
         group_knowledge_loss_cuda=kernel,
     )
     backend = CudaLoss(module)
@@ -170,15 +170,18 @@ def test_triton_loss(driver, monkeypatch):
     """Triton itself asks torch for the current stream of the current device: that part is not run here."""
     from gkt_fast.kernels.triton import group_knowledge_loss as kernels
 
-    def launch(*arguments, **options):
-        driver.launch("loss")
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        assert len(tensors) == 6 and all(tensor.device == OnGpu.device for tensor in tensors)
+    tensors_of = {"count_kernel": 2, "group_knowledge_loss_kernel": 8, "finish_kernel": 5}
+    for name, count in tensors_of.items():
 
-    monkeypatch.setattr(kernels, "group_knowledge_loss_kernel", Launcher(launch))
+        def launch(*arguments, name=name, count=count, **options):
+            driver.launch(name)
+            tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+            assert len(tensors) == count and all(tensor.device == OnGpu.device for tensor in tensors)
+
+        monkeypatch.setattr(kernels, name, Launcher(launch))
     with no_waiting():
         TritonLoss().forward(*loss_inputs())
-    assert driver.launches == [("loss", DEVICE, None)]
+    assert driver.launches == [(name, DEVICE, None) for name in tensors_of]
     assert driver.device == CALLERS_DEVICE
 
 

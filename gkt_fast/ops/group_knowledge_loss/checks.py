@@ -14,7 +14,6 @@ from ..dtypes import FLOAT_DTYPES, accumulation_dtype
 __all__ = [
     "Check",
     "boolean",
-    "check_class_indices",
     "check_full_logits",
     "check_streams",
     "check_tensors",
@@ -22,7 +21,6 @@ __all__ = [
     "fraction",
     "integer",
     "one_of",
-    "overflows",
     "positive",
     "weight",
 ]
@@ -178,7 +176,7 @@ def check_values(logits: Tensor, targets: Tensor, normalize_logits: bool, class_
             f"targets has the value {targets.min().item():.4g}; floating point targets are class probabilities, which "
             "are not negative"
         )
-    if normalize_logits and bool(overflows(logits, class_dim) & (largest := logits.abs().amax()).isfinite()):
+    if normalize_logits and bool(_overflows(logits, class_dim) & (largest := logits.abs().amax()).isfinite()):
         raise ValueError(
             f"logits reach {largest.item():.3g}, and normalize_logits standardises them over all classes, whose "
             "variance then overflows. Are classes masked by such values? Leave them out of the logits, mask by at most "
@@ -186,21 +184,7 @@ def check_values(logits: Tensor, targets: Tensor, normalize_logits: bool, class_
         )
 
 
-def overflows(logits: Tensor, class_dim: int) -> Tensor:
+def _overflows(logits: Tensor, class_dim: int) -> Tensor:
     """Whether the variance over classes may be infinite or NaN: a bool scalar on the logits' device."""
     largest = torch.finfo(accumulation_dtype(logits.dtype)).max
     return ~(logits.detach().abs().amax() <= math.sqrt(largest / (4 * logits.shape[class_dim])))
-
-
-def check_class_indices(targets: Tensor, classes: int, ignore_index: int) -> None:
-    """Checks on the CPU by reading the values, elsewhere by a device-side assertion."""
-    if torch.compiler.is_compiling() or targets.device.type == "meta":
-        return
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
-    if targets.device.type != "cpu":
-        torch._assert_async(~wrong.any())
-    elif wrong.any():
-        raise ValueError(
-            f"targets has class index {targets[wrong][0].item()}; it must lie in [0, {classes}) or "
-            f"equal ignore_index={ignore_index}"
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import DTYPES, check_capability, cuda_stream
-from .checks import check_class_indices
+from .class_indices import report_on
 from .problem import Problem
 
 __all__ = ["CppBackend", "CudaBackend"]
@@ -33,7 +33,9 @@ class CppBackend:
         full_gradient: Tensor | None,
     ) -> None:
         targets = _readable(targets, loss)
-        parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)
+        parameters = _parameters(
+            self._native, problem, logits, targets, full_logits, loss, terms, gradient, full_gradient
+        )
         self._native.group_knowledge_loss_cpu(parameters, torch.get_num_threads())
 
 
@@ -55,22 +57,17 @@ class CudaBackend:
         gradient: Tensor | None,
         full_gradient: Tensor | None,
     ) -> None:
-        options = problem.options
         if logits.is_cuda:  # CUDA on the host takes CPU tensors
             check_capability(self._architectures, logits.device.index)
         with torch.cuda.device_of(logits):
             targets = _readable(targets, loss)
-            parameters = _parameters(self._native, problem, logits, targets, loss, terms, gradient)
-            rows = logits.new_full((), logits[0].numel() // logits.shape[2], dtype=torch.float64)
-            if targets.is_floating_point():
-                ce_rows = rows
-            else:
-                check_class_indices(targets, logits.shape[2], options.ignore_index)
-                ce_rows = (targets != options.ignore_index).sum(dtype=torch.float64)
-            counted_rows = torch.stack([ce_rows, rows if options.distill_ignored else ce_rows])
-            partials = rows.new_empty((self._native.max_partials, logits.shape[0] + 1))
+            parameters = _parameters(
+                self._native, problem, logits, targets, full_logits, loss, terms, gradient, full_gradient
+            )
+            size = self._native.group_knowledge_loss_workspace_cuda(parameters)
+            workspace = logits.new_empty(size, dtype=torch.uint8)
             self._native.group_knowledge_loss_cuda(
-                parameters, counted_rows.data_ptr(), partials.data_ptr(), cuda_stream(logits)
+                parameters, workspace.data_ptr(), report_on(logits).data_ptr(), cuda_stream(logits)
             )
 
 
@@ -84,18 +81,17 @@ def _parameters(
     problem: Problem,
     logits: Tensor,
     targets: Tensor,
+    full_logits: Tensor | None,
     loss: Tensor,
     terms: Tensor,
     gradient: Tensor | None,
+    full_gradient: Tensor | None,
 ) -> Any:
     o = problem.options
     return native.GroupKnowledgeLossParams(
         DTYPES[logits.dtype],
-        logits.data_ptr(),
-        logits.shape,
-        logits.stride(),
-        0 if gradient is None else gradient.data_ptr(),
-        (logits if gradient is None else gradient).stride(),
+        _with_gradient(logits, gradient),
+        None if full_logits is None else _with_gradient(full_logits, full_gradient),
         targets.data_ptr(),
         targets.stride(),
         targets.is_floating_point(),
@@ -113,4 +109,15 @@ def _parameters(
         o.label_smoothing,
         o.distill_ignored,
         problem.gradient_scale,
+    )
+
+
+def _with_gradient(logits: Tensor, gradient: Tensor | None) -> tuple[Any, ...]:
+    """Logits and their gradient as the bindings take them."""
+    return (
+        logits.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        logits.shape,
+        logits.stride(),
+        (logits if gradient is None else gradient).stride(),
     )

@@ -29,7 +29,7 @@ from .. import library
 from ..dtypes import FLOAT_DTYPES
 from ..native import native_cuda_module, native_module
 from ..registry import Implementation, register, run, run_in_plain_torch
-from .checks import check_full_logits, check_streams, check_tensors, check_values, overflows
+from .checks import check_full_logits, check_streams, check_tensors, check_values
 from .native import CppBackend, CudaBackend
 from .options import SCHEMA, LossOptions, lists_options, loss_options
 from .problem import Problem, outputs
@@ -76,8 +76,9 @@ def group_knowledge_loss(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, option or class index is wrong. On a GPU a class index out of range is a
-            device-side assertion instead, since reading it here would stall the device.
+        ValueError: a shape, device, option or class index is wrong. On a GPU a class index out of range makes the
+            loss and the gradient of every cross entropy NaN instead, since reading it here would stall the device;
+            `gkt_fast.ops.wrong_class_index` then names it.
         RuntimeError: its gradient is differentiated; that of `group_knowledge_loss_reference` can be.
     """
     o = loss_options(options, **fields)
@@ -122,8 +123,6 @@ def _forward(
     tensors = logits, targets, full_logits, loss, terms, *gradients
     if problem.options.distillation == "sigmoid":
         run_in_plain_torch(NAME, "distillation='sigmoid'", lambda backend: backend.forward(problem, *tensors))
-    elif full_logits is not None:
-        run_in_plain_torch(NAME, "full_logits", lambda backend: backend.forward(problem, *tensors))
     else:
         run(
             NAME,
@@ -131,10 +130,6 @@ def _forward(
             logits.dtype,
             lambda backend: backend.forward(problem, *tensors),
         )
-    if normalize and logits.numel():  # as the reference; the kernels' sums may hide it, their gradients don't
-        loss.masked_fill_(overflows(logits, class_dim=2), math.nan)
-        if full_logits is not None:
-            loss.masked_fill_(overflows(full_logits, class_dim=1), math.nan)
     return loss, terms, gradient, full_gradient
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..library import differentiable
-from .checks import check_class_indices, check_full_logits, check_streams, check_tensors, check_values
+from .checks import check_full_logits, check_streams, check_tensors, check_values
+from .class_indices import check_class_indices
 from .options import LossOptions, lists_options, loss_options
 from .problem import Problem
 
@@ -123,17 +125,19 @@ class GroupKnowledge:
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The cross entropy of raw logits with this loss's options, a scalar."""
         check_tensors(logits, targets, self.options.ignore_index, class_dim=1)
+        wrong = None
         if targets.is_floating_point():
             check_values(logits, targets, False, class_dim=1)
             targets = targets.to(accumulation_dtype(logits.dtype))
         else:
-            check_class_indices(targets, logits.shape[1], self.options.ignore_index)
-        return F.cross_entropy(
+            targets, wrong = check_class_indices(targets, logits.shape[1], self.options.ignore_index)
+        ce = F.cross_entropy(
             logits.to(accumulation_dtype(logits.dtype)),
             targets,
             ignore_index=self.options.ignore_index,
             label_smoothing=self.options.label_smoothing,
         )
+        return ce if wrong is None else ce * torch.where(wrong, math.nan, 1.0)  # of its gradient too
 
     def _log_soft_labels(self, knowledge: Tensor) -> Tensor:
         """(B, C, *spatial); with sigmoids (B, 2 C, *spatial): of every class that it is there, then that it isn't.
@@ -151,7 +155,9 @@ class GroupKnowledge:
             return logits
         centered = logits - logits[:, :1].detach()  # exact for equal logits, whatever their size
         centered = centered - centered.mean(dim=1, keepdim=True)
-        return centered * (centered.square().mean(dim=1, keepdim=True) + self.options.eps).rsqrt()
+        slope = (centered.square().mean(dim=1, keepdim=True) + self.options.eps).rsqrt()
+        # A variance that overflows must not pass for an infinite one, which would leave no logits.
+        return centered * torch.where(slope > 0, slope, math.nan)
 
     def _teacher(self, group: int) -> Tensor:
         """What a group knows now, of every row; of rows that it doesn't know, what the full network does."""

@@ -1,4 +1,4 @@
-"""Hands `group_knowledge_loss` to its Triton kernel."""
+"""Hands `group_knowledge_loss` to its Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..triton import DEVICES, reporting_failures
-from .checks import check_class_indices
+from .class_indices import report_on
 from .problem import Problem
 
 __all__ = ["DEVICES", "DTYPES", "TritonBackend"]
@@ -16,12 +16,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TritonBackend:
-    """The Triton kernel."""
+    """The Triton kernels."""
 
     def __init__(self) -> None:
-        from gkt_fast.kernels.triton import group_knowledge_loss as kernel
+        from gkt_fast.kernels.triton import group_knowledge_loss as kernels
 
-        self._launch = reporting_failures(kernel.group_knowledge_loss)
+        self._kernels = kernels
+        self._launch = reporting_failures(kernels.group_knowledge_loss)
 
     def forward(
         self,
@@ -35,20 +36,27 @@ class TritonBackend:
         full_gradient: Tensor | None,
     ) -> None:
         o = problem.options
-        if targets.is_floating_point():
-            targets = targets.float()
-        else:
-            check_class_indices(targets, logits.shape[2], o.ignore_index)
-        # The kernel walks a batch and two spatial dimensions of any strides; more have to be adjacent.
-        many = logits.dim() > 5
-        if many:
+        targets = targets.float() if targets.is_floating_point() else targets
+        written = gradient, full_gradient
+        if logits.dim() > 5:  # the kernel walks a batch and two spatial dimensions of any strides
             logits, targets = logits.contiguous(), targets.contiguous()
-        written = torch.empty_like(logits) if many and gradient is not None else gradient
+            full_logits = None if full_logits is None else full_logits.contiguous()
+            gradient, full_gradient = (
+                None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                for tensor in written
+            )
+        if full_logits is None:
+            full = self._kernels.Streams(logits[0], None if gradient is None else gradient[0])
+            subnets = self._kernels.Streams(logits[1:], None if gradient is None else gradient[1:])
+        else:
+            full = self._kernels.Streams(full_logits, full_gradient)
+            subnets = self._kernels.Streams(logits, gradient)
         with torch.cuda.device_of(logits):
-            results = self._launch(
-                logits,
+            self._launch(
+                full,
+                subnets,
                 targets,
-                written,
+                self._kernels.Results(loss, terms, report_on(logits)),
                 groups=o.groups,
                 ema=o.ema,
                 temperature=o.temperature,
@@ -62,7 +70,6 @@ class TritonBackend:
                 distill_ignored=o.distill_ignored,
                 gradient_scale=problem.gradient_scale,
             )
-            loss.copy_(results[0])
-            terms.copy_(results[1])
-        if written is not gradient:
-            gradient.copy_(written)
+        for result, tensor in zip(written, (gradient, full_gradient), strict=True):
+            if tensor is not result:
+                result.copy_(tensor)
