@@ -19,7 +19,7 @@ from .network.discovery import Stages, as_stages
 from .network.inputs import call_model, map_tensors, model_inputs, rows_in
 from .network.network import Network
 from .network.wrappers import check_called_as_written, check_not_compiled, check_not_wrapped
-from .ops import Past
+from .ops import Past, wrong_class_index
 from .subnets.budget import expected_cost, expected_sequential_cost, solve_min_depth
 from .subnets.plan import Cost, Layer, make_plan
 from .subnets.sampling import check_sampling, sample_resolutions, sample_subnets
@@ -273,6 +273,13 @@ class GKT(nn.Module):
         """
         estimate = expected_sequential_cost if one_by_one else expected_cost
         return estimate(self.stages, self.layers(), self.sampling_config())
+
+    def wrong_class_index(self) -> str | None:
+        """What was wrong with class indices on the model's device, told once; None: nothing. Waits for the device.
+
+        There they make the loss NaN; on the CPU they are a ValueError.
+        """
+        return wrong_class_index(next(self.model.parameters()).device)
 
     def cost(self, subnets: Sequence[Subnet], inputs: Tensor | tuple[Any, ...] | None = None) -> Cost:
         """Floating point operations of a step with these subnets: plain, one by one, shared.

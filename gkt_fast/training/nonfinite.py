@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..distributed import any_rank, rank
-from ..ops import wrong_class_index
 from ..subnets.streams import first_group, place_of
 from .state import TrainingState
 
@@ -63,7 +62,7 @@ class LossCheck:
 
     def _cause(self) -> str:
         """A class index out of range, which makes the loss NaN on a GPU; none that another rank met."""
-        found = wrong_class_index(self._state.device)
+        found = self._state.gkt.wrong_class_index()
         return "" if found is None else f"On rank {rank()} {found}"
 
     def _describe(self, step: int, streams: Sequence[int]) -> str:

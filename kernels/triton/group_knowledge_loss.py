@@ -124,7 +124,7 @@ def _tile(innermost: str, step: int, classes: int) -> _Tile:
     if innermost == "rows":  # as many rows as one access moves
         return _Tile(64, 32, 8, 168 if step == 1 else 255)
     if innermost == "none" or classes <= 32:
-        return _Tile(4 * max(step, 2), 32, 4)
+        return _Tile(4 * max(step, 2), 32, 4, 168)
     if classes <= 256:
         return _Tile(1, 256, 1, 168) if step == 1 else _Tile(2, 256, 2, 168)
     return _Tile(1, 1024, 4) if classes <= 1024 else _Tile(1, 2048, 8)
