@@ -28,10 +28,9 @@ class Planes {
     const bool equal = p.lead_rows == p.ghost_rows;
     parallel_for(p.ghosts * p.channels, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        if (equal)
-          forward<relu, has_residual>(i / p.channels, i % p.channels);
-        else
-          forward<relu, has_residual>(i % p.ghosts, i / p.ghosts);
+        const int64_t g = equal ? i / p.channels : i % p.ghosts;
+        const int64_t c = equal ? i % p.channels : i / p.ghosts;
+        forward<relu, has_residual>(g, c);
       }
     });
   }
