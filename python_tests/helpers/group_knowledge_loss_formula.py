@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -26,8 +27,9 @@ DEFAULTS = {
 
 def as_rows(tensor: Tensor, class_dim: int) -> Tensor:
     """(..., B, C, *spatial) -> (..., rows, C)."""
-    moved = tensor.movedim(class_dim, -1)
-    return moved.reshape(*tensor.shape[: class_dim - 1], -1, tensor.shape[class_dim])
+    leading, classes = tensor.shape[: class_dim - 1], tensor.shape[class_dim]
+    rows = math.prod(tensor.shape[class_dim - 1 :]) // classes  # -1 is ambiguous without subnets
+    return tensor.movedim(class_dim, -1).reshape(*leading, rows, classes)
 
 
 def expected(
