@@ -89,8 +89,8 @@ def test_a_wrong_backend_fails_with_exit_code_1(capsys, tmp_path):
 
 
 def loss_without_grad_output(working):
-    def forward(problem, logits, targets, loss, terms, gradient):
-        working.forward(problem, logits, targets, loss, terms, gradient)
+    def forward(problem, logits, targets, full_logits, loss, terms, gradient, full_gradient):
+        working.forward(problem, logits, targets, full_logits, loss, terms, gradient, full_gradient)
         gradient /= op_checks.GRAD_OUTPUT
 
     return types.SimpleNamespace(forward=forward)
