@@ -628,8 +628,8 @@ def test_what_a_checkpoint_holds_stays_readable(tmp_path):
     assert saved["format"] == 2
     assert saved.keys() == {
         "format", "model", "optimizer", "optimizer_class", "scheduler", "scaler", "ema", "gkt", "config",
-        "best_accuracy", "skipped_steps", "metrics", "epoch", "batches_done", "samples_per_batch", "random_states",
-        "epoch_random_states",
+        "best_accuracy", "skipped_steps", "metrics", "memory", "epoch", "batches_done", "samples_per_batch",
+        "random_states", "epoch_random_states",
     }  # fmt: skip
     assert saved["metrics"].keys() == {"sums", "non_finite_step", "non_finite_streams"}
     assert saved["random_states"][0].keys() == {"python", "numpy", "torch", "cuda", "loader"}
