@@ -25,7 +25,7 @@ def integrations() -> set[str]:
     """The public names of the modules for other libraries, read from the source: importing them takes long."""
     names = set()
     for path in (ROOT / "gkt_fast" / "integrations").glob("[!_]*.py"):
-        if path.stem != "scaling":  # what the others share
+        if path.stem not in ("knowledge", "scaling"):  # what the others share
             public = re.search(r"^__all__ = (\[.*?\])", path.read_text(), re.MULTILINE | re.DOTALL)
             names |= {f"gkt_fast.integrations.{path.stem}.{name}" for name in ast.literal_eval(public[1])}
     return names
