@@ -68,6 +68,7 @@ def group_knowledge_loss(
     rows = sizes[0] * sizes[1] * sizes[2]
     subnet_rows = rows // logits.shape[0] * subnets.logits.shape[1] if rows else 0
     innermost, step = _innermost(full, subnets, targets if probabilities else None, sizes, strides)
+    step = _fitting(innermost, step, one_loop)
     tile = _tile(innermost, step, classes)
     programs = triton.cdiv(rows, tile.rows)
     with_statistics = normalize_logits and not one_loop
@@ -119,6 +120,11 @@ class _Tile(NamedTuple):
     registers: int = 128
 
 
+def _fitting(innermost: str, step: int, one_loop: bool) -> int:
+    """Neighbours to an access: with several loops eight rows, and what each knows, don't fit a thread's registers."""
+    return 1 if innermost == "rows" and step > 4 and not one_loop else step
+
+
 def _tile(innermost: str, step: int, classes: int) -> _Tile:
     """Small, since each row that a thread has a share in costs it some thirty registers."""
     if innermost == "rows":  # as many rows as one access moves
@@ -126,8 +132,8 @@ def _tile(innermost: str, step: int, classes: int) -> _Tile:
     if innermost == "none" or classes <= 32:
         return _Tile(4 * max(step, 2), 32, 4, 168)
     if classes <= 256:
-        return _Tile(1, 256, 1, 168) if step == 1 else _Tile(2, 256, 2, 168)
-    return _Tile(1, 1024, 4) if classes <= 1024 else _Tile(1, 2048, 8)
+        return _Tile(1, 256, 1, 168) if step == 1 else _Tile(2, 256, 2, 200)
+    return _Tile(1, 1024, 4, 168) if classes <= 1024 else _Tile(1, 2048, 8, 168)
 
 
 def _held(tile: _Tile, classes: int) -> bool:
@@ -219,6 +225,8 @@ def aot_configurations() -> Iterator[tuple[str, triton.JITFunction, dict, dict, 
         layouts += [("none", 1, 21), ("none", 1, 64)]
         for innermost, step, classes in layouts:
             for one_loop in (True, False):
+                if step != _fitting(innermost, step, one_loop):
+                    continue
                 for probabilities in (False, True):
                     yield _aot(dtype, innermost, step, classes, one_loop, probabilities)
     yield _aot_small("count", count_kernel, {"BLOCK": COUNT_BLOCK}, 4)

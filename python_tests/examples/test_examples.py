@@ -27,31 +27,39 @@ def test_demo(tmp_path):
     output = run_script("examples/demo.py", *flags, "--output", tmp_path / "out", folder=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.csv", "subnets.csv", "demo.png"}
-    methods = ["plain", "Stimulative Training", "GKT"]
+    methods = ["plain", "Stimulative Training", "GKT", "alone"]
 
     table = rows(tmp_path / "out" / "demo.csv")
-    assert [row.pop("method") for row in table] == methods
+    assert [row["method"] for row in table] == methods
     shown = ["2-2-2", "1-1-1"]
     columns = [f"{depths} {statistic}" for depths in shown for statistic in ("mean", "std")]
     for row in table:
-        assert list(row) == [*columns, "step shared", "step sequential"]
-        assert all(math.isfinite(float(value)) for value in row.values())
+        assert list(row) == ["method", *columns, "step shared", "step one by one"]
+        assert all(math.isfinite(float(value)) for value in list(row.values())[1:] if value)
     assert float(table[0]["step shared"]) == 1.0
+    assert [row["step shared"] != "" for row in table] == [True, True, True, False]
 
     subnets = rows(tmp_path / "out" / "subnets.csv")
-    assert len(subnets) == len(methods) * 2**3
+    chain = ["2-2-2", "2-2-1", "2-1-1", "1-1-1"]
+    assert [row["depths"] for row in subnets] == chain * 3 + ["1-1-1"]
     accuracies = {(row["method"], row["depths"]): float(row["accuracy"]) for row in subnets}
-    for method, row in zip(methods, table, strict=True):
+    accuracies["alone", "2-2-2"] = accuracies["plain", "2-2-2"]
+    for row in table:
+        name = "each depth alone" if row["method"] == "alone" else row["method"]
         for depths in shown:
-            assert float(row[f"{depths} mean"]) == accuracies[method, depths]
-            assert re.search(
-                rf"^{method} .*{accuracies[method, depths]:.2f} \+- 0\.00 ", output, re.MULTILINE
-            )
-    costs = {row["depths"]: float(row["mflops"]) for row in subnets}
-    assert max(costs, key=costs.get) == shown[0]
-    assert min(costs, key=costs.get) == shown[-1]
-    assert re.search(
-        r"^GKT against plain training, full network: [+-]\d+\.\d\d points$", output, re.MULTILINE
+            accuracy = accuracies[row["method"], depths]
+            assert float(row[f"{depths} mean"]) == accuracy
+            assert re.search(rf"^{name} .*{accuracy:.2f} \+- 0\.00", output, re.MULTILINE)
+    costs = [float(row["mflops"]) for row in subnets[:4]]
+    assert costs == sorted(costs, reverse=True)
+    assert re.search(r"^GKT against plain training, one block per stage: [+-]\d+\.\d\d points$", output, re.M)
+    assert re.search(r"seed 0, 1-1-1 alone trained$", output, re.M), (
+        "a line for each network, away from a terminal"
+    )
+    after = output[output.index("\nNext:\n") :]
+    commands = re.findall(r"^  (\S.*)$", after, re.M)
+    assert len(commands) == 3 and all(
+        re.match(r"\S*python\S* (-m gkt_fast|examples/)", line) for line in commands
     )
 
     with Image.open(tmp_path / "out" / "demo.png") as image:

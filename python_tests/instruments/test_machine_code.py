@@ -310,7 +310,8 @@ def test_every_kernel_can_be_launched(kernel_rows):
 
 def test_every_op_loads_16_bytes_at_once(kernel_rows):
     everywhere = {(row["op"], row["arch"]) for row in kernel_rows}
-    assert everywhere == {(row["op"], row["arch"]) for row in kernel_rows if row["loop_loads_16"]}
+    # Not of the loop alone: the one that moves most in the loss's CUDA kernels adds up what blocks left behind.
+    assert everywhere == {(row["op"], row["arch"]) for row in kernel_rows if row["loads_16"]}
     assert not identify(narrow(kernel_rows))
 
 
