@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from gkt_fast import GKTConfig, GKTTrainer, extract_subnet, recalibrate_batch_norm
+from gkt_fast import GKTConfig, GKTTrainer, extract_subnet, pictures, recalibrate_batch_norm
 from gkt_fast.models import cifar_resnet
 
 CLASSES = ("ground", "circle", "square", "triangle")
@@ -174,7 +174,6 @@ def draw(
 ) -> None:
     """Writes a picture: some test images, their ground truth, and what the largest and smallest networks see."""
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
     images, targets = (values[:4] for values in test_set.tensors)
     panels: dict[str, Tensor] = {"image": images, "ground truth": targets}
@@ -186,18 +185,19 @@ def draw(
                 panels[f"{method} {'-'.join(map(str, depths))}"] = network(images)["out"].argmax(1)
     colours = ListedColormap(["#30343f", "#ffb000", "#26a69a", "#dc267f"])
     colours.set_over("white")
-    figure = Figure(figsize=(1.3 * len(panels), 1.35 * len(images) + 0.2), layout="constrained")
-    for column, (title, values) in enumerate(panels.items()):
-        for row, value in enumerate(values):
-            axes = figure.add_subplot(len(values), len(panels), row * len(panels) + column + 1)
-            axes.set_axis_off()
-            if value.dim() == 3:
-                axes.imshow(((value.movedim(0, -1) + 3) / 6).clamp(0, 1))
-            else:
-                axes.imshow(value, cmap=colours, vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
-            if row == 0:
-                axes.set_title(title, fontsize=8)
-    figure.savefig(args.output / "segmentation.png", dpi=100)
+    with pictures.picture(
+        args.output / "segmentation.png", (1.3 * len(panels), 1.35 * len(images) + 0.2), dpi=100
+    ) as figure:
+        for column, (title, values) in enumerate(panels.items()):
+            for row, value in enumerate(values):
+                axes = figure.add_subplot(len(values), len(panels), row * len(panels) + column + 1)
+                axes.set_axis_off()
+                if value.dim() == 3:
+                    axes.imshow(((value.movedim(0, -1) + 3) / 6).clamp(0, 1))
+                else:
+                    axes.imshow(value, cmap=colours, vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
+                if row == 0:
+                    axes.set_title(title, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_demo(tmp_path):
 
 def test_demo_needs_a_batch_of_images(tmp_path):
     error = run_script("examples/demo.py", "--train-images", 20, folder=tmp_path, code=2)
-    assert "--train-images is 20; it must be at least --batch-size (25)" in error
+    assert "--train-images is 20; it must be at least --batch-size (50)" in error
 
 
 def test_minimal_example(tmp_path):
