@@ -32,7 +32,7 @@ METHODS = {
     "Stimulative Training": method_config("st"),
     "GKT": method_config("gkt"),
 }
-PLACES = {"plain": (10, -3), "Stimulative Training": (8, -20), "GKT": (0, 13), "alone": (4, 24)}
+PLACES = {"plain": (10, -3), "Stimulative Training": (0, 28), "GKT": (0, 13), "alone": (8, -14)}
 """Of the names in the picture, in points from the first point of each line."""
 COLOURS = {"plain": "plain", "Stimulative Training": "st", "GKT": "gkt", "alone": "alone"}
 SIDE = 16
