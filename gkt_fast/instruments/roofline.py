@@ -8,16 +8,18 @@ end is that of slower kernels (`SLACKS`) and of an eager step that may have to w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkt_fast import GKT, GKTConfig, fuse_blocks, use_backend
+from gkt_fast.batch_norm.fusion import FusedBlock
 
 from .op_counts import OpCost, OpCounter, fake_in_place
 
@@ -181,7 +183,7 @@ def count_steps(
         for step in range(steps):
             for parameter in model.parameters():
                 parameter.grad = None
-            with OpCounter() as counter:
+            with OpCounter() as counter, _telling_of_fused_blocks(counter):
                 with autocast:
                     if gkt is None:
                         loss = F.cross_entropy(model(images).float(), targets)
@@ -190,6 +192,22 @@ def count_steps(
                 loss.backward()
             runs.append(counter.ops)
     return runs
+
+
+@contextmanager
+def _telling_of_fused_blocks(counter: OpCounter) -> Iterator[None]:
+    """Tells the counter when a fused block runs, whose backward pass computes activations again."""
+    forward = FusedBlock.forward
+
+    def told(block: FusedBlock, x: Tensor) -> Tensor:
+        counter.recomputing = block.recompute and torch.is_grad_enabled()
+        try:
+            return forward(block, x)
+        finally:
+            counter.recomputing = False
+
+    with mock.patch.object(FusedBlock, "forward", told):
+        yield
 
 
 def op_seconds(op: OpCost, rates: Rates) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkt_fast import GKT, GKTConfig, ghost_batch_norm, group_knowledge_loss, use_backend
+from gkt_fast.batch_norm.fusion import FusedBlock
 from gkt_fast.instruments import roofline
 from gkt_fast.instruments.op_counts import OpCost, OpCounter, fake_in_place
 from gkt_fast.models import cifar_resnet
@@ -198,6 +199,21 @@ def test_stacking_saves_launches_and_sharing_saves_bytes(tiny):
     assert launches["stacked"] < launches["shared"] < launches["sequential"]
     assert moved["shared"] < moved["sequential"]
     assert moved["stacked"] < 1.2 * moved["shared"]  # putting states together and apart costs copies
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_fused_block_recomputes_what_its_convolutions_read(recompute, monkeypatch):
+    """Blocks of 4, 8 and 16 channels; 2 images of 8x8, 4x4, 2x2: each one's first norm runs again, in one pass."""
+    monkeypatch.setattr(FusedBlock, "recompute", recompute)
+    network = roofline.Network(lambda: cifar_resnet(8, width=4), 8, 2, 10)
+    (ops,) = roofline.count_steps(network, "plain+fused", torch.float32, 2, 1)
+    again = [op for op in ops if op.name == "gkt_fast::ghost_batch_norm" and op.launches == 1]
+    sizes = [(2 * 4 * 64, 4, 2 * 64), (2 * 8 * 16, 8, 2 * 16), (2 * 16 * 4, 16, 2 * 4)]
+    # Reads x, weight, bias and statistics; writes y and a bit for each element, of 8 channels a byte.
+    expected = [
+        FLOAT * (2 * size + 5 * channels) + rows * -(-channels // 8) for size, channels, rows in sizes
+    ]
+    assert [op.bytes for op in again] == (expected if recompute else [])
 
 
 def test_fake_parameters_keep_their_form():
