@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from gkt_fast import GKT, GKTConfig, GKTTrainer, GroupKnowledgeMemory, evaluate, recalibrate_batch_norm
 from gkt_fast.batch_norm.layer import run_batch_norm
 from gkt_fast.batch_norm.synchronized import synchronized_batch_norm
+from gkt_fast.data import Indexed
 from gkt_fast.distributed import agree, gather, reduce_sum, share, world_size
 from gkt_fast.execution import choose_execution
 from gkt_fast.models import cifar_resnet
@@ -463,6 +464,20 @@ def check_ranks_learn_together_what_one_process_learns() -> None:
             assert all(alone.memory.known(group).any() for group in range(1, config.groups))
 
 
+def check_trainers_of_all_ranks_hold_the_same_knowledge() -> None:
+    """With the samples that DistributedSampler repeats so that all ranks have as many, and accumulated batches."""
+    dataset = Indexed(data(13))
+    model = norm_free_net()
+    config = GKTConfig(groups=3, chain="steps", knowledge="dataset")
+    trainer = GKTTrainer(model, torch.optim.SGD(model.parameters(), 0.05), config, accumulate=2)
+    trainer.fit(DataLoader(dataset, 2, sampler=DistributedSampler(dataset, seed=3)), epochs=3, progress=False)
+    memory = trainer.gkt.memory
+    assert memory.samples == 13 and memory.known(1).any() and memory.known(2).any()
+    for group in (1, 2):
+        ranks = gather((memory.known(group), memory.knowledge(group)))
+        assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
 def check_fully_sharded_blocks() -> None:
     """FSDP2 with the modes that leave gradients to one backward; a clear refusal by the others."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -593,6 +608,7 @@ TWO_RANKS_SHOW_IT = [
     "check_accumulated_batches_are_synchronised_once_per_step",
     "check_stochastic_depth_leaves_dropped_blocks_without_gradient",
     "check_ranks_learn_together_what_one_process_learns",
+    "check_trainers_of_all_ranks_hold_the_same_knowledge",
     "check_fully_sharded_blocks",
     "check_the_older_fsdp_is_refused_where_fully_shard_is",
     "check_ranks_agree_on_a_mode_that_is_wrong_on_one",
