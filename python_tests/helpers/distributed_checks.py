@@ -30,7 +30,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from gkt_fast import GKT, GKTConfig, GKTTrainer, GroupKnowledgeMemory, evaluate, recalibrate_batch_norm
+from gkt_fast import (
+    GKT,
+    GKTConfig,
+    GKTTrainer,
+    GroupKnowledgeMemory,
+    evaluate,
+    fuse_blocks,
+    recalibrate_batch_norm,
+)
+from gkt_fast.batch_norm import block_plan
 from gkt_fast.batch_norm.layer import run_batch_norm
 from gkt_fast.batch_norm.synchronized import synchronized_batch_norm
 from gkt_fast.data import Indexed
@@ -510,6 +519,34 @@ def check_fully_sharded_blocks() -> None:
     with_reason(ValueError, "model is sharded by fully_shard", lambda: GKTTrainer(gkt.model, optimizer))
 
 
+def check_a_fully_sharded_fused_block_is_one_node() -> None:
+    """FSDP2 shards, gathers and steps as if the block were not fused, and the block still runs as one node."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = cifar_resnet(8, CLASSES, 4).double()
+    model = copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (world_size(),))
+    blocks = fuse_blocks(model)
+    for path in blocks:
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    images, targets = data(JOINED_BATCH).tensors
+    with patch.object(
+        block_plan, "run_plain_residual_block", wraps=block_plan.run_plain_residual_block
+    ) as run:
+        for net in (whole, model):  # the same batch on every rank: the mean of gradients is each one's own
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(net(images), targets).backward()
+                optimizer.step()
+    assert run.call_count == 2 * len(blocks) > 0
+    for sharded, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        assert (sharded.full_tensor() - expected).norm() <= 1e-11 * expected.norm()
+
+
 def check_the_older_fsdp_is_refused_where_fully_shard_is() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -610,6 +647,7 @@ TWO_RANKS_SHOW_IT = [
     "check_ranks_learn_together_what_one_process_learns",
     "check_trainers_of_all_ranks_hold_the_same_knowledge",
     "check_fully_sharded_blocks",
+    "check_a_fully_sharded_fused_block_is_one_node",
     "check_the_older_fsdp_is_refused_where_fully_shard_is",
     "check_ranks_agree_on_a_mode_that_is_wrong_on_one",
 ]
