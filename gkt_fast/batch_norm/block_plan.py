@@ -176,7 +176,8 @@ class BlockPlan:
             preactivation,
             ghosts,
             lead_rows,
-            self._recompute,
+            self._recompute is not False,
+            self._recompute == "pointwise",
             autocast_dtype(x),
         )
         shapes = [x.shape]

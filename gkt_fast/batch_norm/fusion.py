@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..network.interception import Site, find_layers, intercept
 from ..ops.dtypes import FLOAT_DTYPES
+from ..ops.residual_block import check_recompute
 from .block_plan import BlockPlan
 from .forms import FORMS, Form, reason_against, run_layers
 from .kinds import is_batch_norm
@@ -27,7 +29,7 @@ __all__ = ["fuse_blocks", "unfuse_blocks"]
 logger = logging.getLogger("gkt_fast")
 
 
-def fuse_blocks(model: nn.Module, *, recompute: bool = True) -> list[str]:
+def fuse_blocks(model: nn.Module, *, recompute: bool | Literal["pointwise"] = True) -> list[str]:
     """Fuses the residual blocks of `model` in place, for plain training as well as under `GKT`.
 
     Taken are the BasicBlock and Bottleneck of torchvision's and timm's ResNets, timm's pre-activation blocks with
@@ -44,13 +46,17 @@ def fuse_blocks(model: nn.Module, *, recompute: bool = True) -> list[str]:
         model: the network.
         recompute: whether backward computes normalised activations again instead of keeping them: about a fourth less
             memory for activations in a ResNet of basic blocks, a seventh in one of bottlenecks, for one more pass over
-            each convolution's output.
+            each convolution's output. "pointwise": the outputs of 1x1 convolutions too, MEASURED.
 
     torch.jit.script needs unfused blocks: call `unfuse_blocks` first.
 
     Returns:
         The module paths of the fused blocks.
+
+    Raises:
+        ValueError: `recompute` is another value.
     """
+    check_recompute(recompute)
     fused = []
     for path, module in model.named_modules():
         name = _fused_class_name(type(module))
@@ -59,8 +65,8 @@ def fuse_blocks(model: nn.Module, *, recompute: bool = True) -> list[str]:
         reason = reason_against(module, FORMS[name])
         if reason is None:
             module.__class__ = _fused_class(name)
-            if not recompute:
-                module.recompute = False
+            if recompute is not True:
+                module.recompute = recompute
             fused.append(path)
         else:
             logger.info("block %r stays as it is: %s", path, reason)
@@ -82,7 +88,7 @@ class FusedBlock:
     """Mixin before a block's own class: the fused forward, or the block's own where it can't be fused now."""
 
     _form: Form
-    recompute = True
+    recompute: bool | Literal["pointwise"] = True
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

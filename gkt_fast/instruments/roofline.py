@@ -200,7 +200,7 @@ def _telling_of_fused_blocks(counter: OpCounter) -> Iterator[None]:
     forward = FusedBlock.forward
 
     def told(block: FusedBlock, x: Tensor) -> Tensor:
-        counter.recomputing = block.recompute and torch.is_grad_enabled()
+        counter.recomputing = bool(block.recompute) and torch.is_grad_enabled()
         try:
             return forward(block, x)
         finally:

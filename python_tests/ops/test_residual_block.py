@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.ghost_batch_norm_formula import BACKENDS, on_backend
 from helpers.residual_block_formula import CASES, expected, make
+from torch import nn
 
-from gkt_fast import residual_block
+from gkt_fast import fuse_blocks, residual_block
 from gkt_fast.ops import residual_block_reference
 from gkt_fast.ops.residual_block.problem import describe, parameters_of
 
@@ -46,7 +47,7 @@ def compare(inputs, tolerance, **options):
         assert gradient.dtype == leaf.dtype
 
 
-@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "saved"])
+@pytest.mark.parametrize("recompute", [True, False, "pointwise"], ids=["recomputed", "saved", "pointwise"])
 @pytest.mark.parametrize("layout", ["planes", "channels_last", "strided"])
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case, layout, recompute):
@@ -67,7 +68,7 @@ def test_the_reference(case):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of opcheck's own copies
-@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "saved"])
+@pytest.mark.parametrize("recompute", [True, False, "pointwise"], ids=["recomputed", "saved", "pointwise"])
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, layout, recompute):
@@ -84,6 +85,13 @@ def test_opcheck_of_traced_derivatives(case):
     torch.library.opcheck(op, arguments(make(CASES[case], torch.float32)))
 
 
+def test_an_unknown_recompute_is_refused():
+    with pytest.raises(ValueError, match="recompute is 'all'; it must be True, False or 'pointwise'"):
+        run(make(CASES["basic"]), recompute="all")
+    with pytest.raises(ValueError, match="recompute is None"):
+        fuse_blocks(nn.Identity(), recompute=None)
+
+
 def arguments(inputs, recompute=True) -> tuple:
     """Of the torch op."""
     shortcut = inputs.options.get("shortcut")
@@ -97,7 +105,8 @@ def arguments(inputs, recompute=True) -> tuple:
         preactivation=inputs.options["preactivation"],
         ghosts=inputs.options["ghosts"],
         lead_rows=None,
-        recompute=recompute,
+        recompute=recompute is not False,
+        pointwise=recompute == "pointwise",
         dtype=None,
     )
     tensors = inputs.x, inputs.options.get("skip"), inputs.options.get("keep")

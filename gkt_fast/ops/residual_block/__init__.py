@@ -1,5 +1,6 @@
 """A residual block of several states as one op: convolutions, batch norms per ghost batch, the addition and ReLU."""
 
+from .checks import check_recompute
 from .op import autocast_dtype, residual_block, run_plain_residual_block
 from .problem import Convolution, Geometry, Norm, Problem
 from .reference import residual_block_reference
@@ -10,6 +11,7 @@ __all__ = [
     "Norm",
     "Problem",
     "autocast_dtype",
+    "check_recompute",
     "residual_block",
     "residual_block_reference",
     "run_plain_residual_block",

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dtypes import FLOAT_DTYPES
 from .problem import Convolution, Norm
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_recompute"]
 
 
 def check_arguments(
@@ -19,6 +19,7 @@ def check_arguments(
     shortcut: tuple[Convolution, Norm | None] | None,
     skip: Tensor | None,
     preactivation: bool,
+    recompute: bool | str,
 ) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         found = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -29,9 +30,15 @@ def check_arguments(
         raise ValueError(
             f"there are {len(convolutions)} convolutions and {len(norms)} norms; each convolution needs its norm"
         )
+    check_recompute(recompute)
     if preactivation and skip is not None:
         raise ValueError(
             "skip is given and preactivation is True; the shortcut then reads what the first norm gave"
         )
     if preactivation and shortcut is not None and shortcut[1] is not None:
         raise ValueError("shortcut has a norm and preactivation is True; norms then come before convolutions")
+
+
+def check_recompute(recompute: bool | str) -> None:
+    if recompute not in (True, False, "pointwise"):
+        raise ValueError(f"recompute is {recompute!r}; it must be True, False or 'pointwise'")

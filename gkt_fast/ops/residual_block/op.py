@@ -16,6 +16,7 @@ Shapes: m ghost batches, B rows in each, C channels; x, skip, y (m*B, C, height,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def residual_block(
     skip: Tensor | None = None,
     keep: Tensor | None = None,
     preactivation: bool = False,
-    recompute: bool = True,
+    recompute: bool | Literal["pointwise"] = True,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """A residual block: convolutions with their batch norms and ReLUs, plus the shortcut.
 
@@ -66,7 +67,8 @@ def residual_block(
             gets a gradient of zero from it. Its statistics are reported all the same.
         preactivation: whether norms and ReLUs come before convolutions. The shortcut's convolution then reads what the
             first norm gave, and nothing follows the addition.
-        recompute: whether backward recomputes normalised activations, or finds them saved.
+        recompute: whether backward recomputes normalised activations, or finds them saved; "pointwise": it recomputes
+            them and the outputs of 1x1 convolutions.
 
     Returns:
         y; mean and biased variance, (m, C) each, of each norm of the main branch, then of that of the shortcut, as of
@@ -77,7 +79,7 @@ def residual_block(
         ValueError: a shape or value is wrong, or a channel of a ghost batch has one value only.
         RuntimeError: its gradient is differentiated; that of `residual_block_reference` can be. Or channels don't fit.
     """
-    check_arguments(x, convolutions, norms, shortcut, skip, preactivation)
+    check_arguments(x, convolutions, norms, shortcut, skip, preactivation, recompute)
     layers = [*convolutions] if shortcut is None else [*convolutions, shortcut[0]]
     of_layers = [*norms] if shortcut is None else [*norms, shortcut[1]]
     problem = describe(
@@ -87,7 +89,8 @@ def residual_block(
         preactivation=preactivation,
         ghosts=ghosts,
         lead_rows=lead_rows,
-        recompute=recompute,
+        recompute=recompute is not False,
+        pointwise=recompute == "pointwise",
         dtype=autocast_dtype(x),
     )
     y, statistics = run_residual_block(problem, x, skip, keep, parameters_of(layers, of_layers))
@@ -143,7 +146,7 @@ def _run_forward(problem, x, skip, keep, parameters, updates=None):
 
 
 def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved, needs):
-    saved = Saved.unflatten(problem, saved)
+    saved = Saved.unflatten(problem, parameters, saved)
 
     def on(backend):
         return backward(
@@ -173,7 +176,7 @@ def _backward_op_kernel(grad_y, x, skip, keep, parameters, statistics, saved, ne
 
 def _fake_backward_op(grad_y, x, skip, keep, parameters, statistics, saved, needs, *options):
     problem = Problem.unflatten(*options)
-    saved = Saved.unflatten(problem, saved)
+    saved = Saved.unflatten(problem, parameters, saved)
     gradients = backward(FAKE_PASSES, problem, grad_y, x, skip, keep, parameters, statistics, saved, needs)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
@@ -239,7 +242,7 @@ def _nested(results, x, skip, keep, parameters, geometry, eps, *options):
 
 _OPTIONS = (
     "int[] geometry, float[] eps, bool shortcut, bool preactivation, SymInt ghosts, SymInt? lead_rows, "
-    "bool recompute, ScalarType? dtype"
+    "bool recompute, bool pointwise, ScalarType? dtype"
 )
 _op = library.define(
     f"{NAME}(Tensor x, Tensor? skip, Tensor? keep, Tensor?[] parameters, {_OPTIONS}) "

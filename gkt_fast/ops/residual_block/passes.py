@@ -2,11 +2,13 @@
 
 Nothing here is differentiated or seen by the dispatcher's other keys. Of every norm of the main branch but the last,
 backward needs the activation that the next convolution read: it is saved, or computed again from the convolution's
-output before it (`recompute`), by the same kernel and from the same statistics.
+output before it (`recompute`), by the same kernel and from the same statistics. The output of a 1x1 convolution can be
+computed again in the same way (`pointwise`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,29 +28,40 @@ class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass, beside inputs and statistics.
 
     Args:
-        convolved: the convolutions' outputs that norms read, in the order of the layers.
+        convolved: the convolutions' outputs that norms read, by layer; None where backward computes it again.
         masks: of the norms with ReLU in the order of the layers; with `recompute` that of the last norm alone, or none
             before activations.
         activations: that convolutions read, other than x; with `recompute` none.
     """
 
-    convolved: list[Tensor]
+    convolved: list[Tensor | None]
     masks: list[Tensor]
     activations: list[Tensor]
 
     def flatten(self) -> list[Tensor]:
-        return [*self.convolved, *self.masks, *self.activations]
+        return [*(c for c in self.convolved if c is not None), *self.masks, *self.activations]
 
     @classmethod
-    def unflatten(cls, problem: Problem, tensors: Sequence[Tensor]) -> Saved:
+    def unflatten(cls, problem: Problem, parameters: Tensors, tensors: Sequence[Tensor]) -> Saved:
         depth = problem.depth
         if problem.preactivation:
-            convolved, masks = depth - 1, 0 if problem.recompute else depth
+            read, masks = depth - 1, 0 if problem.recompute else depth
         else:
             normed_shortcut = problem.shortcut and problem.eps[-1] is not None
-            convolved, masks = depth + normed_shortcut, 1 if problem.recompute else depth
-        tensors = list(tensors)
-        return cls(tensors[:convolved], tensors[convolved : convolved + masks], tensors[convolved + masks :])
+            read, masks = depth + normed_shortcut, 1 if problem.recompute else depth
+        kept = [not _is_recomputed(problem, parameters, i) for i in range(read)]
+        rest = iter(tensors)
+        convolved = [next(rest) if kept_here else None for kept_here in kept]
+        return cls(convolved, list(itertools.islice(rest, masks)), list(rest))
+
+    def keep(self, problem: Problem, parameters: Tensors, i: int, output: Tensor) -> None:
+        """The output of convolution i, the next one."""
+        self.convolved.append(None if _is_recomputed(problem, parameters, i) else output)
+
+
+def _is_recomputed(problem: Problem, parameters: Tensors, i: int) -> bool:
+    """Whether backward computes the output of convolution i again."""
+    return problem.pointwise and tuple(parameters[SLOTS * i].shape[2:]) == (1, 1)
 
 
 Updates = list["tuple[Tensor, Tensor, float] | None"]
@@ -95,18 +108,18 @@ def _forward(
     for i in range(last):
         c = _convolve(problem, i, a, parameters)
         a, found, mask = _normalize(passes, problem, i, c, parameters, updates)
-        saved.convolved.append(c)
+        saved.keep(problem, parameters, i, c)
         statistics.append(found)
         if not problem.recompute:
             saved.masks.append(mask)
             saved.activations.append(a)
     c = _convolve(problem, last, a, parameters)
-    saved.convolved.append(c)
+    saved.keep(problem, parameters, last, c)
     residual = x if skip is None else skip
     if problem.shortcut:
         residual = _convolve(problem, last + 1, residual, parameters)
         if problem.eps[-1] is not None:
-            saved.convolved.append(residual)
+            saved.keep(problem, parameters, last + 1, residual)
             residual, of_shortcut, _ = _normalize(
                 passes, problem, last + 1, residual, parameters, updates, relu=False
             )
@@ -133,7 +146,7 @@ def _forward_preactivation(
         a, found, mask = _normalize(passes, problem, i, y, parameters, updates)
         statistics.append(found)
         if i > 0:
-            saved.convolved.append(y)
+            saved.keep(problem, parameters, i - 1, y)
         elif problem.shortcut:
             residual = _convolve(problem, problem.depth, a, parameters)
         if not problem.recompute:
@@ -158,26 +171,28 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x, skip and the parameters; None where `needs`, in the same order, wants none."""
-    run = _Backward(passes, problem, x, parameters, statistics, saved, needs)
+    run = _Backward(passes, problem, x, skip, parameters, statistics, saved, needs)
     if problem.preactivation:
         run.preactivation(grad_y, keep)
     else:
-        run.postactivation(grad_y, skip, keep)
+        run.postactivation(grad_y, keep)
     return [gradient if needed else None for gradient, needed in zip(run.gradients, needs, strict=True)]
 
 
 class _Backward:
     """One backward pass; `gradients` are those of x, skip and the parameters, as far as they are known."""
 
-    def __init__(self, passes, problem, x, parameters, statistics, saved, needs) -> None:
-        self.passes, self.problem, self.x, self.parameters = passes, problem, x, parameters
+    def __init__(self, passes, problem, x, skip, parameters, statistics, saved, needs) -> None:
+        self.passes, self.problem, self.parameters = passes, problem, parameters
+        self.x, self.skip = x, skip
         self.statistics, self.saved = statistics, saved
         self.needs_x, self.needs_skip, *self.needs = needs
         self.gradients: list[Tensor | None] = [None] * len(needs)
-        self._masks = list(saved.masks)
+        self._outputs = list(saved.convolved)
+        self._recomputed: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def postactivation(self, grad_y: Tensor, skip: Tensor | None, keep: Tensor | None) -> None:
-        problem, last = self.problem, self.problem.depth - 1
+    def postactivation(self, grad_y: Tensor, keep: Tensor | None) -> None:
+        problem, skip, last = self.problem, self.skip, self.problem.depth - 1
         shortcut = last + 1 if problem.shortcut else None
         needs_residual = self.needs_x if skip is None else self.needs_skip
         wanted = needs_residual or (problem.shortcut and any(self._needs(shortcut)))
@@ -185,7 +200,7 @@ class _Backward:
         for i in range(last, -1, -1):
             source = self.x
             if i > 0:
-                source, mask = self._activation(i - 1)
+                source, mask = self._take_activation(i - 1)
             gradient = self._convolution(i, gradient, source, self._reaches(i))
             if gradient is None:
                 break
@@ -211,7 +226,7 @@ class _Backward:
             for row, dropped in _dropped(problem, keep, gradient):
                 row.masked_fill_(dropped, 0)
         for i in range(problem.depth - 1, -1, -1):
-            source, mask = self._activation(i)
+            source, mask = self._take_activation(i)
             norm_needed = self.needs_x or self._reaches(i) or any(self._needs(i)[2:4])
             gradient = self._convolution(i, gradient, source, norm_needed)
             if i == 0 and problem.shortcut:
@@ -235,19 +250,41 @@ class _Backward:
     def _before_norm(self, i: int) -> Tensor:
         """What norm i read."""
         if not self.problem.preactivation:
-            return self.saved.convolved[i]
-        return self.x if i == 0 else self.saved.convolved[i - 1]
+            return self._output(i)
+        return self.x if i == 0 else self._output(i - 1)
+
+    def _output(self, i: int) -> Tensor:
+        """What convolution i gave to a norm."""
+        if self._outputs[i] is None:
+            self._outputs[i] = _convolve(self.problem, i, self._source(i), self.parameters)
+        return self._outputs[i]
+
+    def _source(self, i: int) -> Tensor:
+        """What convolution i, which is not the shortcut of a pre-activation block, read."""
+        if self.problem.preactivation:
+            return self._activation(i)[0]
+        if i == self.problem.depth:
+            return self.x if self.skip is None else self.skip
+        return self.x if i == 0 else self._activation(i - 1)[0]
+
+    def _take_activation(self, i: int) -> tuple[Tensor, Tensor]:
+        """`_activation` of i for the last time."""
+        found = self._activation(i)
+        self._recomputed.pop(i, None)
+        return found
 
     def _activation(self, i: int) -> tuple[Tensor, Tensor]:
         """What norm i of the main branch gave, with its ReLU, and the mask of the latter."""
         if not self.problem.recompute:
             return self.saved.activations[i], self.saved.masks[i]
-        problem = self.problem
-        x = self._before_norm(i)
-        weight, bias = _of_norm(x, self.parameters, i)
-        return self.passes.reapply(
-            x, weight, bias, self.statistics[i], problem.ghosts, True, problem.eps[i], problem.lead_rows
-        )
+        if i not in self._recomputed:
+            problem = self.problem
+            x = self._before_norm(i)
+            weight, bias = _of_norm(x, self.parameters, i)
+            self._recomputed[i] = self.passes.reapply(
+                x, weight, bias, self.statistics[i], problem.ghosts, True, problem.eps[i], problem.lead_rows
+            )
+        return self._recomputed[i]
 
     def _norm(
         self, i: int, grad_y: Tensor, mask: Tensor | None, keep: Tensor | None = None, residual: bool = False

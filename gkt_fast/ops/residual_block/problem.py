@@ -73,6 +73,7 @@ class Problem(NamedTuple):
         ghosts: number of ghost batches.
         lead_rows: rows of the first ghost batch; None: as many as the others have.
         recompute: whether backward recomputes normalised activations instead of finding them saved.
+        pointwise: whether it recomputes the outputs of 1x1 convolutions too.
         dtype: in which convolutions run; None: in that of their input.
     """
 
@@ -83,6 +84,7 @@ class Problem(NamedTuple):
     ghosts: int
     lead_rows: int | None = None
     recompute: bool = True
+    pointwise: bool = False
     dtype: torch.dtype | None = None
 
     @property
@@ -102,6 +104,7 @@ class Problem(NamedTuple):
             self.ghosts,
             self.lead_rows,
             self.recompute,
+            self.pointwise,
             self.dtype,
         )
 
@@ -122,12 +125,13 @@ def describe(
     ghosts: int,
     lead_rows: int | None,
     recompute: bool,
+    pointwise: bool,
     dtype: torch.dtype | None,
 ) -> Problem:
     """The problem of these layers, that of the shortcut last."""
     geometry = tuple(Geometry(*(c[2:5]), c.groups) for c in convolutions)
     eps = tuple(None if norm is None else norm.eps for norm in norms)
-    return Problem(geometry, eps, shortcut, preactivation, ghosts, lead_rows, recompute, dtype)
+    return Problem(geometry, eps, shortcut, preactivation, ghosts, lead_rows, recompute, pointwise, dtype)
 
 
 def parameters_of(convolutions: Sequence[Convolution], norms: Sequence[Norm | None]) -> list[Tensor | None]:
