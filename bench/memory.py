@@ -28,7 +28,10 @@ from torch import Tensor, nn
 from gkt_fast import GKT, GKTConfig, fuse_blocks
 
 WARMUP = 2
-STEPS = ["plain", "plain+fused", "plain+fused, kept", "stacked", "stacked, kept"]
+FORMS = {"plain+fused": True, "plain+fused, kept": False, "plain+fused, pointwise": "pointwise"}
+FORMS |= {form.replace("plain+fused", "stacked"): recompute for form, recompute in FORMS.items()}
+"""Steps with fused blocks, and what of activations backward computes again."""
+STEPS = ["plain", *FORMS]
 COLUMNS = ["model", "step", "saved_ratio", "saved_mib", "peak_mib", "recompute_percent"]
 
 
@@ -88,7 +91,7 @@ def build(name: str, step: str, args: argparse.Namespace) -> tuple[nn.Module, Te
     images = torch.randn(args.batch_size, *spec.sample).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(spec.classes, (args.batch_size,))
     if step != "plain":
-        fuse_blocks(model, recompute=not step.endswith("kept"))
+        fuse_blocks(model, recompute=FORMS[step])
     return model, images, targets
 
 
@@ -125,8 +128,9 @@ def recompute_percent(name: str, args: argparse.Namespace) -> dict[str, float]:
     timings = measure({step: whole_step(name, step, args) for step in timed}, args.repeats, WARMUP)
     found = {}
     for step in timed:
-        if not step.endswith("kept"):
-            pairs = zip(timings[step].milliseconds, timings[f"{step}, kept"].milliseconds, strict=True)
+        if FORMS[step]:
+            kept = timings[f"{step.removesuffix(', pointwise')}, kept"]
+            pairs = zip(timings[step].milliseconds, kept.milliseconds, strict=True)
             found[step] = 100 * (statistics.median(a / b for a, b in pairs) - 1)
     return found
 

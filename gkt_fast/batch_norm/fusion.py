@@ -46,7 +46,8 @@ def fuse_blocks(model: nn.Module, *, recompute: bool | Literal["pointwise"] = Tr
         model: the network.
         recompute: whether backward computes normalised activations again instead of keeping them: about a fourth less
             memory for activations in a ResNet of basic blocks, a seventh in one of bottlenecks, for one more pass over
-            each convolution's output. "pointwise": the outputs of 1x1 convolutions too, MEASURED.
+            each convolution's output. "pointwise": the outputs of 1x1 convolutions too, for one
+            more run of each. Fused bottlenecks then keep about half of what they keep otherwise (bench/memory.py).
 
     torch.jit.script needs unfused blocks: call `unfuse_blocks` first.
 

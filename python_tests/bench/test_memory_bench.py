@@ -36,5 +36,6 @@ def test_the_benchmark_runs_small(tmp_path):
     found = {step: ratio for (_, step), ratio in ratios(path).items()}
     assert found["plain"] == 1
     assert found["plain+fused"] < 0.82 < found["plain+fused, kept"]
-    assert found["stacked"] < found["stacked, kept"]
+    assert found["plain+fused, pointwise"] == found["plain+fused"]  # there are no 1x1 convolutions
+    assert found["stacked, pointwise"] == found["stacked"] < found["stacked, kept"]
     assert "recompute_percent" in printed
