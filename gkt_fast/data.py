@@ -81,8 +81,8 @@ def load_data(
         random_erasing: probability of torchvision's RandomErasing, of training images.
 
     Raises:
-        ValueError: the name is unknown, digits are to be cropped or augmented, or the folder doesn't hold what it
-            must; later, when it is loaded, an image of a folder is damaged.
+        ValueError: the name is unknown, an argument is for other data, or the folder doesn't hold what it must;
+            later, when it is loaded, an image of a folder is damaged.
     """
     kind, _, path = name.partition(":")
     if kind == "digits":
@@ -92,11 +92,16 @@ def load_data(
             )
         return digits() if train_images is None else digits(train_images)
     if kind in ("imagefolder", "cifar10") and path:
+        if train_images is not None:
+            raise ValueError(
+                f"train_images is {train_images}; it is for digits, other data sets are used whole"
+            )
         augmentation = Augmentation(train_crop, augment, random_erasing)
         if kind == "imagefolder":
             return _image_folder(Path(path), image_size, augmentation)
         return _cifar10(Path(path), augmentation)
-    raise ValueError(f"data is {name!r}; it must be digits, imagefolder:PATH or cifar10:PATH")
+    hint = f"; did you mean imagefolder:{name}?" if Path(name).is_dir() else ""
+    raise ValueError(f"data is {name!r}; it must be digits, imagefolder:PATH or cifar10:PATH{hint}")
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,11 @@ def load_image(path: str | Path, kind: str, image_size: int) -> Tensor:
     """
     from torchvision.transforms import functional
 
+    from .image_folder import read_image
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no image at {path}")
-    image = _load_image(str(path))
+    image = read_image(path)
     if kind == "digits":
         pixels = functional.to_tensor(functional.resize(image.convert("L"), [8, 8], antialias=True))
         return _normalized_digits(16 * pixels)[None]
@@ -180,13 +187,11 @@ def _resize(image_size: int) -> list[Any]:
 
 
 def _image_folder(path: Path, image_size: int, augmentation: Augmentation) -> Data:
-    from torchvision import datasets, transforms
+    from torchvision import transforms
 
-    test = next((path / split for split in ("val", "test") if (path / split).is_dir()), None)
-    if not (path / "train").is_dir() or test is None:
-        raise ValueError(
-            f"{path} must hold a folder train, and a folder val or test, with one folder per class each"
-        )
+    from .image_folder import class_folders, splits
+
+    train, test = splits(path)
     normalize, resize = _normalization(), _resize(image_size)
     train_size = augmentation.train_crop or image_size
     if image_size <= 64:
@@ -197,29 +202,9 @@ def _image_folder(path: Path, image_size: int, augmentation: Augmentation) -> Da
     else:
         crop = [transforms.RandomResizedCrop(train_size)]
     train_transform = augmentation.compose(crop, normalize)
-    train_set = datasets.ImageFolder(path / "train", train_transform, loader=_load_image)
-    test_set = datasets.ImageFolder(test, transforms.Compose([*resize, *normalize]), loader=_load_image)
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"{path / 'train'} and {test} hold different classes")
-    if len(train_set.classes) < 2:
-        raise ValueError(
-            f"{path / 'train'} holds one class, {train_set.classes[0]}; there must be two or more, a folder each"
-        )
+    test_transform = transforms.Compose([*resize, *normalize])
+    train_set, test_set = class_folders(train, test, train_transform, test_transform)
     return Data(train_set, test_set, len(train_set.classes), 3)
-
-
-def _load_image(path: str) -> Any:
-    """torchvision's loader, whose errors don't say which file they are about.
-
-    Raises:
-        ValueError: the file is no image, is cut off or damaged.
-    """
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files of different kinds of damage
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
 def _cifar10(path: Path, augmentation: Augmentation) -> Data:

@@ -1,6 +1,6 @@
 """How every picture looks: one size of type, one colour for each thing, names beside what they name.
 
-matplotlib is imported when a picture is begun; it comes with the extras `bench`, `export` and `logging`.
+matplotlib is imported when a picture is begun; it comes with the extras `vision`, `bench`, `export` and `logging`.
 """
 
 from __future__ import annotations

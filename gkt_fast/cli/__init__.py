@@ -15,6 +15,9 @@ from .parser import Parser
 
 __all__ = ["main"]
 
+DEPENDENCIES = ("numpy", "torch", "tqdm", "yaml")
+"""What every installation has: without them another Python runs than the one installed for."""
+
 COMMANDS = {
     "env": ("environment", "versions, devices, build flags and backends"),
     "selfcheck": ("selfcheck", "check every backend and mode against float64"),
@@ -46,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gkt-fast: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in DEPENDENCIES:
+            raise
+        print(
+            f"gkt-fast: {sys.executable} has no {error.name}. Activate the virtual environment that gkt_fast was "
+            "installed into, or install it into this one",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         if not _is_for_the_user(error):
             raise

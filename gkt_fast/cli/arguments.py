@@ -76,7 +76,10 @@ def parse_device(text: str) -> str:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} can't be used: {reason}") from error
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} can't be used: {reason}. Without --device it is {default} here"
+        ) from error
     return text
 
 

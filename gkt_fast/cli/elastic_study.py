@@ -29,6 +29,7 @@ def write_elastic(args: argparse.Namespace) -> None:
     if depths is None:
         least = run.trained_depth() if args.min_depth is None else args.min_depth
         depths = nested_subnets(find_stages(run.model), least, args.max_depths)
+    run.announce("Calibrating and evaluating depths")
     elastic = make_elastic(
         run.model,
         depths,
@@ -48,7 +49,6 @@ def write_elastic(args: argparse.Namespace) -> None:
         "cascade": None if cascade is None else cascade.to_dict(),
     }
     elastic.save(args.output)
-    print(f"{run.flags.model}, {run.checkpoint}, {len(run.data.test)} images")  # type: ignore[arg-type]
     _print_table(results, cascade)
     print(f"Written to {args.output}")
     if args.export_onnx is not None:

@@ -18,6 +18,7 @@ from ..data import Data, Indexed, IndexedSample
 from ..distributed import is_distributed, share, world_size
 from ..losses import NormalizedCrossEntropy
 from ..methods import method_config
+from ..network.discovery import find_stages
 from ..training.loggers import Logger, TensorBoardLogger, WandbLogger
 from .config_flags import CONFIG_FIELDS
 from .initial_weights import parameter_groups
@@ -32,7 +33,9 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_scheduler",
+    "check_images",
     "check_requirements",
+    "describe",
     "synchronized",
 ]
 
@@ -102,6 +105,41 @@ def build_model(name: str, data: Data) -> nn.Module:
             f"model is {name!r}, which takes images of 3 channels; these have {data.in_channels}"
         )
     return torchvision.models.get_model(name, num_classes=data.num_classes)
+
+
+@torch.no_grad()
+def check_images(name: str, model: nn.Module, data: Data) -> None:
+    """Runs a fresh network on one image, so that a size that it doesn't take shows before training.
+
+    Raises:
+        ValueError: the network can't run on it; or it has no residual blocks.
+    """
+    image = data.test[0][0]
+    model.eval()
+    try:
+        model(image[None])
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        find_stages(model)  # a network without residual blocks is not to be tried at another size
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        size = "x".join(map(str, image.shape[1:]))
+        raise ValueError(
+            f"model is {name!r}, which can't run on images of {size} ({reason}); --image-size sets another size, and "
+            "models made for ImageNet want 224"
+        ) from error
+    model.train()
+
+
+def describe(args: argparse.Namespace, data: Data, config: GKTConfig, model: nn.Module) -> str:
+    """What is about to be trained, in a line."""
+    size = "x".join(map(str, data.test[0][0].shape[1:]))
+    subnets = config.streams - 1
+    streams = f"{subnets or 'no'} subnet{'' if subnets == 1 else 's'}"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"Data: {len(data.train)} training and {len(data.test)} test images of {size}, {data.num_classes} classes\n"
+        f"Training: {args.model} with {parameters / 1e6:.2f} million parameters on {args.device}, method "
+        f"{args.method}, {streams} in each step"
+    )
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

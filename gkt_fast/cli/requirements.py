@@ -11,7 +11,7 @@ EXTRAS = {
     "torchvision": "vision",
     "timm": "vision",
     "sklearn": "vision",
-    "matplotlib": "logging",
+    "matplotlib": "vision",
     "tensorboard": "logging",
     "wandb": "logging",
     "onnx": "export",

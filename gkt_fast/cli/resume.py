@@ -46,18 +46,25 @@ class RunRecord(Callback):
         config: the configuration that resulted from them.
         output: the run's folder; None: nothing is written.
         checkpoint: where the run goes on from; None: it starts anew.
+        description: what is trained; printed when training begins.
 
     Raises:
         CheckpointError: a flag changed that can't change within a run.
     """
 
     def __init__(
-        self, args: argparse.Namespace, config: GKTConfig, output: Path | None, checkpoint: Path | None
+        self,
+        args: argparse.Namespace,
+        config: GKTConfig,
+        output: Path | None,
+        checkpoint: Path | None,
+        description: str,
     ) -> None:
         self._args = args
         self._config = config
         self._output = output
         self._checkpoint = checkpoint
+        self._description = description
         self.finished = False
         self._changed = {} if checkpoint is None else _changed(args, config, checkpoint)
 
@@ -72,6 +79,8 @@ class RunRecord(Callback):
                 _say(f"Resumed at epoch {trainer.epoch + 1} of {epochs} from {self._checkpoint}")
             for name, (before, now) in self._changed.items():
                 _say(f"  --{name.replace('_', '-')} was {_shown(before)}, is {_shown(now)} from here on")
+        if not self.finished:
+            _say(self._description)
         if self._output is not None and rank() == 0 and not self.finished:
             write_arguments(self._args, self._config, self._output / "args.yaml")
 
@@ -107,4 +116,4 @@ def _shown(value: Any) -> str:
 
 def _say(line: str) -> None:
     if rank() == 0:
-        print(line)
+        print(line, flush=True)

@@ -32,6 +32,7 @@ def print_subnets(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if args.export_onnx is not None:
         check_writable(args.export_onnx)
+    run.announce("Evaluating the subnets")
     as_trained = evaluate(run.model, run.test_loader)
     results = evaluate_subnets(
         run.model,
@@ -44,7 +45,6 @@ def print_subnets(args: argparse.Namespace) -> None:
         latency_batch=args.latency_batch,
         progress=True,
     )
-    print(f"{run.flags.model}, {run.checkpoint}, {len(run.data.test)} images")  # type: ignore[arg-type]
     _print_table(results, as_trained)
     write_subnets_csv(results, output / "subnets.csv")
     best = None
@@ -80,7 +80,7 @@ def _print_table(results: Sequence[SubnetResult], as_trained: Evaluation) -> Non
             f"{r.subnet!s:{width}}{r.parameters:14,}{r.flops / 1e6:12.2f}{100 * r.accuracy:10.2f} %{r.loss:10.4f}"
             f"{times}{'  *' if r in front else ''}"
         )
-    print("* no subnet is as accurate at the same cost or less")
+    print("* no other subnet is as accurate at the same cost or less")
     full = next((str(result.subnet) for result in results if result.subnet.is_full), "not in the table")
     print(
         f"The full network ({full}) as it was trained: {100 * as_trained.accuracy:.2f} %, loss {as_trained.loss:.4f}. "

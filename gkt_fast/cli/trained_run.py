@@ -51,6 +51,13 @@ class TrainedRun:
         """An image, as a batch of one."""
         return next(iter(self.test_loader))[0][:1]
 
+    def announce(self, work: str) -> None:
+        """Says what begins, which can take minutes."""
+        print(
+            f"{work} of {self.flags.model}, {self.checkpoint}, on {len(self.data.test)} test images",  # type: ignore[arg-type]
+            flush=True,
+        )
+
     def trained_depth(self) -> int | Sequence[int]:
         """The smallest depths that were trained: those of the configuration, or as solved for its budget."""
         gkt = GKT(self.model, GKTConfig.from_dict(self.state["config"]).replace(fuse_blocks=False))

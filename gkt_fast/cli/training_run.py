@@ -21,7 +21,9 @@ from .recipe import (
     build_model,
     build_optimizer,
     build_scheduler,
+    check_images,
     check_requirements,
+    describe,
     synchronized,
 )
 from .resume import RunRecord, checkpoint_to_resume
@@ -53,6 +55,7 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
         random_erasing=args.random_erasing,
     )
     model = build_model(args.model, data)
+    check_images(args.model, model, data)
     anew = load_initial_weights(args, data, model)
     if anew:
         _print(f"Start anew, for other classes: {', '.join(anew)}")
@@ -63,7 +66,7 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
     steps_per_epoch = -(-len(train_loader) // args.accumulate)
     output = None if args.output is None else args.output / (args.experiment or f"{args.model}-{args.method}")
     checkpoint = checkpoint_to_resume(args, output)
-    record = RunRecord(given, config, output, checkpoint)
+    record = RunRecord(given, config, output, checkpoint, describe(args, data, config, model))
     criterion = build_criterion(args, config)
     trainer = GKTTrainer(
         model,
@@ -88,19 +91,24 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
     ]
     if is_distributed():
         torch.manual_seed(args.seed + rank())  # the ranks' noise differs
-    trainer.fit(
-        train_loader,
-        epochs=args.epochs,
-        val_loader=val_loader,
-        val_depths=args.track_depths or (),
-        calibration_loader=calibration_loader,
-        calibrate_full=args.calibrate_full,
-        output_dir=output,
-        resume=False if checkpoint is None else checkpoint,
-        log_interval=args.log_interval,
-        loggers=build_loggers(args, output),
-        callbacks=[record],
-    )
+    try:
+        trainer.fit(
+            train_loader,
+            epochs=args.epochs,
+            val_loader=val_loader,
+            val_depths=args.track_depths or (),
+            calibration_loader=calibration_loader,
+            calibrate_full=args.calibrate_full,
+            output_dir=output,
+            resume=False if checkpoint is None else checkpoint,
+            log_interval=args.log_interval,
+            loggers=build_loggers(args, output),
+            callbacks=[record],
+        )
+    except KeyboardInterrupt:
+        if output is not None:
+            _print(f"Interrupted; the same command goes on from {output / 'last.pt'}")
+        raise
     if record.finished and not subnets:
         return
     calibration = {"calibration_loader": calibration_loader} if args.calibrate_full else {}
@@ -118,4 +126,4 @@ def _train(args: argparse.Namespace, given: argparse.Namespace) -> None:
 
 def _print(line: str) -> None:
     if rank() == 0:
-        print(line)
+        print(line, flush=True)

@@ -113,10 +113,10 @@ def read(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is cut off or damaged, or no file of an elastic network.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except (
         RuntimeError,
         EOFError,

@@ -86,11 +86,12 @@ def find_stages(model: nn.Module) -> list[Stage]:
     found = [stage for run in runs if type(run[0][1]) in block_classes for stage in _split(run)]
     stages = [stage for stage in found if any(stage.droppable)]
     if not stages:
-        descriptions = ", ".join(_description(run) for run in runs if len(run) > 1)
+        described = [_description(run) for run in runs if len(run) > 1]
+        more = f" and {len(described) - 5} more" if len(described) > 5 else ""
         raise ValueError(
-            f"model ({type(model).__name__}) has no run of residual blocks that can be dropped. "
-            f"Runs of modules found in containers: {descriptions or 'none'}. A block can be dropped when its input "
-            f"reaches its output by an addition. {NAME_STAGES}"
+            f"model ({type(model).__name__}) has no run of residual blocks that can be dropped. A block can be dropped "
+            "when its input reaches its output by an addition, as in ResNet, ConvNeXt or ViT. "
+            f"Runs of modules found in containers: {', '.join(described[:5]) or 'none'}{more}. {NAME_STAGES}"
         )
     return stages
 

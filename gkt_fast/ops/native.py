@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import re
+from pathlib import Path
 from types import ModuleType
 
 import torch  # loaded before the native module, so that both share one OpenMP runtime
@@ -18,6 +21,8 @@ __all__ = [
     "native_cuda_module",
     "native_module",
 ]
+
+logger = logging.getLogger("gkt_fast")
 
 ABI_VERSION = 3
 
@@ -35,6 +40,7 @@ def native_module() -> ModuleType:
     try:
         from gkt_fast import _native
     except ImportError as error:
+        _warn_of_source_tree()
         raise BackendError(f"the native module is not installed ({error})") from error
     if _native.abi_version != ABI_VERSION:
         raise BackendError(
@@ -42,6 +48,17 @@ def native_module() -> ModuleType:
             "reinstall gkt_fast"
         )
     return _native
+
+
+@functools.cache
+def _warn_of_source_tree() -> None:
+    """Says it once where a source tree is imported that was not installed from, as by `python -m` inside of it."""
+    if importlib.util.find_spec("gkt_fast.kernels") is None:
+        logger.warning(
+            "gkt_fast is imported from the source tree %s, which has neither the native module nor the kernels of an "
+            "installed package: install it by pip install -e, or work in another folder",
+            Path(__file__).parents[2],
+        )
 
 
 def native_cuda_module() -> ModuleType:

@@ -18,6 +18,7 @@ EXTERNAL = {
 ROOMS = {
     "config": [],
     "distributed": [],
+    "image_folder": [],
     "models": [],
     "pictures": [],
     "kernels": [],

@@ -37,7 +37,7 @@ SHOWN = ("", "text", "yaml", "csv", "bibtex", "mermaid", "diff")
 SMALL = {
     "gkt_fast env": "",
     "gkt_fast selfcheck": "--device cpu",
-    "gkt_fast train": "--epochs 1 --train-images 60 -b 4 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
+    "gkt_fast train": "--epochs 1 -b 20 --image-size 32 -j 0 --device cpu --output {tmp}/runs",
     "gkt_fast plot": "-o {tmp}/plot.png",
     "gkt_fast subnets": "--max-subnets 2 --device cpu",
     "gkt_fast elastic": "--max-depths 2 --device cpu",
