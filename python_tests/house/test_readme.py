@@ -1,8 +1,9 @@
-"""What the first pages tell readers to do works: README.md, docs/get-started and what once stood in the README.
+"""What pages tell readers to do works: README.md and all of docs/.
 
-Python blocks are executed, each in a namespace of its own that knows only `train_loader` and `val_loader`, the reader's
-data. Commands that install or run everything are checked to name what exists; all others are executed with their
-own flags, followed by flags that make them small. A command of no known kind fails the test.
+Python blocks are executed. Those of the first pages know only `train_loader` and `val_loader`, the reader's data; those
+of the guide also a model and what goes with it, and what earlier blocks of the page made. Commands that install or run
+everything are checked to name what exists; all others are executed with their own flags, followed by flags that make
+them small. A command of no known kind fails the test.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +23,12 @@ from helpers.documents import ROOT, Block, Command, extras, fenced_blocks, make_
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-PAGES = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/get-started/*.md")),
-    *(ROOT / "docs" / "guide" / f"{name}.md" for name in ("training", "distributed", "dense-prediction")),
-    ROOT / "docs" / "measurements" / "speed.md",
-    ROOT / "docs" / "measurements" / "accuracy.md",
-]
+import gkt_fast
+from gkt_fast import GKT, GKTConfig
+from gkt_fast.models import cifar_resnet
+
+FIRST_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/get-started/*.md"))]
+PAGES = [*FIRST_PAGES, *sorted(set(ROOT.glob("docs/**/*.md")) - set(FIRST_PAGES))]
 """Whose blocks and commands are run."""
 PYTHON = ("python", "py")
 SHELL = ("sh", "bash", "shell", "console")
@@ -99,6 +100,8 @@ def arguments_of(command: Command) -> list[str] | None:
         return None
     if words[0] not in ("python", "python3"):
         raise ValueError(f"{where}: a command of no known kind")
+    if "--pretrained" in words:  # its weights would be fetched
+        return ["-c", f"from gkt_fast.cli import command_parser as p; p({words[3]!r}).parse({words[4:]!r})"]
     name, rest = (
         (" ".join(words[2:4]), words[4:]) if words[1:3] == ["-m", "gkt_fast"] else (words[1], words[2:])
     )
@@ -135,6 +138,12 @@ def readers_runs(arguments: list[str], folder: Path) -> None:
 
 def readers_checkpoint(arguments: list[str], folder: Path) -> None:
     """Trains what the command's checkpoint is to be, in the folder that the command names."""
+    if "--initial-checkpoint" in arguments:
+        train_small(folder / "runs" / "initial", arguments[arguments.index("--model") + 1])
+        shutil.copy(
+            folder / "runs" / "initial" / "last.pt",
+            folder / arguments[arguments.index("--initial-checkpoint") + 1],
+        )
     if arguments[:2] == ["-m", "gkt_fast"] and arguments[2] in ("subnets", "elastic"):
         train_small(folder / arguments[3])
     if arguments[:3] == ["-m", "gkt_fast", "predict"]:
@@ -146,19 +155,8 @@ def readers_checkpoint(arguments: list[str], folder: Path) -> None:
         Image.fromarray(pixels).save(folder / arguments[4])
 
 
-def train_small(run: Path) -> None:
-    flags = [
-        "--epochs",
-        "1",
-        "--train-images",
-        "60",
-        "-b",
-        "20",
-        "--device",
-        "cpu",
-        "--model",
-        "cifar_resnet14",
-    ]
+def train_small(run: Path, model: str = "cifar_resnet14") -> None:
+    flags = ["--epochs", "1", "--train-images", "60", "-b", "20", "--device", "cpu", "--model", model]
     run_gkt("train", *flags, "--output", str(run.parent), "--experiment", run.name, folder=run.parents[1])
 
 
@@ -182,14 +180,38 @@ def execute_command(command: Command, folder: Path) -> str:
     return result.stdout
 
 
-def execute_block(block: Block, page: str = "README.md") -> dict[str, object]:
+def execute_block(
+    block: Block, page: str = "README.md", namespace: dict[str, object] | None = None
+) -> dict[str, object]:
     """Executes a Python block; returns its namespace."""
+    namespace = readers_names() if namespace is None else namespace
+    exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), namespace)
+    return namespace
+
+
+def readers_names() -> dict[str, object]:
+    """What readers of the first pages bring along."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
     loaders = {"train_loader": DataLoader(data, 8, shuffle=True), "val_loader": DataLoader(data, 8)}
-    namespace: dict[str, object] = {"__name__": "__main__", **loaders}
-    exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), namespace)
-    return namespace
+    return {"__name__": "__main__", **loaders}
+
+
+def names_of_the_guide() -> dict[str, object]:
+    """What the pages of the guide take for granted."""
+    names = readers_names()
+    model = cifar_resnet(20)
+    names |= {
+        "gkt_fast": gkt_fast,
+        "GKT": GKT,
+        "model": model,
+        "config": GKTConfig(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "dataset": names["train_loader"].dataset,
+        "test_loader": names["val_loader"],
+        "images": torch.randn(4, 3, 32, 32),
+    }
+    return names
 
 
 def broken_links(path: Path, text: str) -> list[str]:
@@ -227,12 +249,28 @@ COMMANDS = {
     [
         pytest.param(page, block, id=f"{page}:{block.line}")
         for page, block in BLOCKS
-        if block.language in PYTHON
+        if block.language in PYTHON and ROOT / page in FIRST_PAGES
     ],
 )
 def test_python_block(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     execute_block(block, page)
+
+
+@pytest.mark.parametrize(
+    "page",
+    dict.fromkeys(
+        page for page, block in BLOCKS if block.language in PYTHON and ROOT / page not in FIRST_PAGES
+    ),
+)
+def test_python_blocks_of_the_guide(page, tmp_path, monkeypatch):
+    """One after another, as a reader types them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # of this process
+    namespace = names_of_the_guide()
+    for where, block in BLOCKS:
+        if where == page and block.language in PYTHON:
+            execute_block(block, page, namespace)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values())
