@@ -50,12 +50,14 @@ class GKTOutput:
 
 
 class GKT(nn.Module):
-    """Wraps a model for Group Knowledge based Training. The model itself, and its state_dict keys, stay as they are.
+    """Wraps a model for Group Knowledge based Training (Tang et al., AAAI-24, arXiv 2308.13772).
+
+    The model itself, and its state_dict keys, stay as they are.
 
     Args:
         model: any torch network with runs of residual blocks; it returns logits (B, C, *spatial), or an object
             with `.logits`, or a dict with "logits" or "out".
-        config: the hyper-parameters.
+        config: the hyper-parameters; None: the defaults.
         stages: the stages, where they aren't found automatically: for each the module path of its container, or the
             module paths of its blocks in order (see `stages_from_paths`); or those of another `GKT`.
         criterion: what logits lose on the targets, where that is not cross entropy: (logits (B, C, *spatial), targets)

@@ -46,10 +46,15 @@ class NormalizedCrossEntropy(nn.Module):
         label_smoothing: as in torch's cross_entropy.
         ignore_index: rows of this target count neither in the sum nor in its mean.
         eps: added to the variance, which is biased.
+
+    Raises:
+        ValueError: label_smoothing is outside of [0, 1].
     """
 
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, eps: float = 1e-7) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1]")
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.eps = eps

@@ -40,7 +40,8 @@ def fuse_blocks(model: nn.Module, *, recompute: bool | Literal["pointwise"] = Tr
 
     A block runs as one node of the autograd graph (`gkt_fast.residual_block`) where its convolutions are torch's own,
     without hooks and padded with zeros, and layer by layer otherwise: also under torch.compile and under modes of the
-    dispatcher, such as a FLOP counter. Blocks that are fused already keep their `recompute`.
+    dispatcher, such as a FLOP counter. Blocks that are fused already keep their `recompute`. torch.jit.script needs
+    unfused blocks: call `unfuse_blocks` first.
 
     Args:
         model: the network.
@@ -48,8 +49,6 @@ def fuse_blocks(model: nn.Module, *, recompute: bool | Literal["pointwise"] = Tr
             memory for activations in a ResNet of basic blocks, a seventh in one of bottlenecks, for one more pass over
             each convolution's output. "pointwise": the outputs of 1x1 convolutions too, for one
             more run of each. Fused bottlenecks then keep about half of what they keep otherwise (bench/memory.py).
-
-    torch.jit.script needs unfused blocks: call `unfuse_blocks` first.
 
     Returns:
         The module paths of the fused blocks.

@@ -20,6 +20,13 @@ def write_subnets_csv(results: Sequence[SubnetResult], path: str | Path) -> None
     """Writes the table; `pareto` is 1 for the results on the Pareto front, `mean_iou` empty where there is none.
 
     Times, where they were measured, are columns such as torch_batch1_ms, and ..._lower and ..._upper for quartiles.
+
+    Args:
+        results: of `evaluate_subnets`.
+        path: file to write.
+
+    Raises:
+        OSError: it can't be written.
     """
     front = pareto_front(results)
     timed = list(dict.fromkeys((entry.runtime, entry.batch_size) for r in results for entry in r.latencies))
@@ -63,8 +70,10 @@ def plot_subnets(
         batch_size: of the time.
 
     Raises:
-        ValueError: the times weren't measured.
+        ValueError: results is empty, or the times weren't measured.
     """
+    if not results:
+        raise ValueError("results is empty; there is nothing to draw")
     cost: Callable[[SubnetResult], float]
     if runtime is None:
         label = "forward cost (MFLOPs per sample)"

@@ -32,15 +32,21 @@ def survival_scaling(
 ) -> Iterator[None]:
     """Inside the block, the residual branches of the blocks that can be dropped are scaled by 1 - drop_rate * l / L.
 
-    For evaluation. The branch is found in the graph of a block's forward, traced as the block is first called; hooks on
-    the block itself don't fire. A block that can't be traced gives x + p (block(x) - x): the same where nothing follows
-    its addition, and otherwise its mean output in training, given its input.
+    For evaluation after stochastic depth (Huang et al., ECCV 2016). The branch is found in the graph of a block's
+    forward, traced as the block is first called; hooks on the block itself don't fire. A block that can't be traced
+    gives x + p (block(x) - x): the same where nothing follows its addition, and otherwise its mean output in training,
+    given its input.
 
     Args:
         model: the network.
-        drop_rate: drop probability of the last block in training, as in `GKTConfig`.
+        drop_rate: drop probability of the last block in training, as in `GKTConfig`, in [0, 1).
         stages: the model's stages; None: found automatically.
+
+    Raises:
+        ValueError: drop_rate is out of its range, or the model has no residual blocks.
     """
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1)")
     stages = find_stages(model) if stages is None else stages
     probabilities = {
         path: probability

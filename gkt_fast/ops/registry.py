@@ -175,6 +175,8 @@ def implementations() -> list[Implementation]:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Runs every op inside the block on `backend` ("cuda", "triton", "cpp" or "torch"); None: automatic.
 
+    An op that this backend can't run for its tensors then raises a `BackendError` with the reason.
+
     Raises:
         ValueError: no op has a backend of that name.
     """

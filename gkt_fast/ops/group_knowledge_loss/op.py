@@ -67,7 +67,7 @@ def group_knowledge_loss(
         options: the options of the loss; None: the defaults.
         fields: fields of `LossOptions`, by name, which replace those of `options`: groups, loops, ema, temperature,
             normalize_logits, eps, ce_weight, kd_weight, subnet_ce_weight, ignore_index, label_smoothing,
-            distill_ignored.
+            distill_ignored, distillation.
 
     Returns:
         The loss, a scalar (float64 for float64 logits, float32 otherwise), and the terms (S,) of the same
