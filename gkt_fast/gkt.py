@@ -35,7 +35,7 @@ class GKTOutput:
 
     Args:
         loss: scalar; `loss.backward()` delivers the gradients of all streams, in every execution mode.
-        ce: scalar, detached, what the full network loses on the targets, without the distillation that `loss` holds:
+        ce: scalar, detached, the full network's loss on the targets, without the distillation that `loss` holds:
             cross entropy, or the value of the criterion; with `train_full=False` of the subnet.
         kd: (S - 1,), detached: distillation term of each subnet.
         logits: (B, C, *spatial), detached: logits of the network that `ce` is of.
@@ -60,7 +60,7 @@ class GKT(nn.Module):
         config: the hyper-parameters; None: the defaults.
         stages: the stages, where they aren't found automatically: for each the module path of its container, or the
             module paths of its blocks in order (see `stages_from_paths`); or those of another `GKT`.
-        criterion: what logits lose on the targets, where that is not cross entropy: (logits (B, C, *spatial), targets)
+        criterion: the loss of logits on targets, where that is not cross entropy: (logits (B, C, *spatial), targets)
             -> scalar, the mean over the batch. The targets are then whatever it takes. `ce_weight` weighs it for the
             full network, `subnet_ce_weight` for the subnets. A module without parameters, or any function.
 

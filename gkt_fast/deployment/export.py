@@ -31,7 +31,7 @@ def export_onnx(
     opset_version: int | None = None,
     tolerance: float = 1e-4,
 ) -> None:
-    """Writes the network in evaluation mode as one ONNX file, after holding it against onnxruntime.
+    """Writes the network in evaluation mode as one ONNX file, after comparing it with onnxruntime.
 
     An elastic network becomes a folder: see `export_elastic`.
 

@@ -71,7 +71,7 @@ def extract_subnet(
     of the same class built at these depths. The configuration of a Hugging Face model is shortened too, for
     `save_pretrained`.
 
-    With `example_inputs` the copy is held against the model with the blocks dropped (`active_subnet`), both in
+    With `example_inputs` the copy is compared with the model with the blocks dropped (`active_subnet`), both in
     evaluation mode. A model whose forward looks at its blocks (by their number, by a list beside them) may compute
     something else without them.
 

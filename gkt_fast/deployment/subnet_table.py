@@ -201,8 +201,8 @@ def best_subnet(
     """The subnet to deploy.
 
     With a budget, the most accurate one that keeps to it (and reaches `min_accuracy`, if that is given too). With
-    `min_accuracy` alone, the cheapest one that reaches it. With neither, the most accurate one. Of equals the cheaper.
-    Cheaper is what takes fewer FLOPs, or less time where `budget_ms` is given.
+    `min_accuracy` alone, the cheapest one that reaches it. With neither, the most accurate one. Among equals, the
+    cheaper one: what takes fewer FLOPs, or less time where `budget_ms` is given.
 
     Args:
         results: of `evaluate_subnets`.

@@ -22,7 +22,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class GKTModule(lightning.LightningModule):
-    """A network that Lightning trains with its subnets; automatic optimization, strategies and checkpoints as ever.
+    """A network that Lightning trains with its subnets; automatic optimization, strategies and checkpoints as usual.
 
     Subnets are drawn by `trainer.global_step`: batches that are accumulated into one optimizer step get the same ones,
     and a resumed run goes on with the next. Logs `train_loss` (distillation included), `train_ce` and `train_kd`;
