@@ -284,7 +284,7 @@ def draw(args: argparse.Namespace) -> None:
         for label, group in (("single depths", singles), ("cascades", cascades))
         for name, c in group.items()
     ]
-    write_csv(args.png.with_suffix(".csv"), measured)
+    write_csv(args.csv or RESULTS / "elastic_picture.csv", measured)
     plot(measured, f"ResNet-20 on digits of 16x16 pixels, {rows} images that chose no threshold", args.png)
     print_table(measured, ["what", "name", "us", "accuracy"])
     print(f"Written to {args.png}")
@@ -294,17 +294,18 @@ def plot(rows: list[dict[str, object]], remark: str, path: Path) -> None:
     with pictures.picture(path, (7, 4.3)) as figure:
         axes = figure.subplots()
         pictures.ask(axes, "Does stopping early save time?", f"test accuracy (%); {remark}")
-        ends = []
-        for label, colour, style in (
-            ("single depths", pictures.COLOURS["plain"], "o-"),
-            ("cascades", pictures.COLOURS["gkt"], "s-"),
+        names = {}
+        for label, colour, style, named in (
+            ("single depths", pictures.COLOURS["plain"], "o-", 0),
+            ("cascades", pictures.COLOURS["gkt"], "s-", 2),
         ):
             points = sorted((row["us"], 100 * row["accuracy"]) for row in rows if row["what"] == label)
             axes.plot(*zip(*points, strict=True), style, color=colour)
-            ends.append((label, *points[0], colour))
+            names[label] = (label, *points[named], colour)
         axes.set_xlabel("mean time of an image in batches of 256, µs on one thread")
         axes.margins(x=0.2, y=0.1)
-        pictures.name_lines(axes, ends, side="right")
+        pictures.name_lines(axes, [names["single depths"]], side="right")
+        pictures.name_lines(axes, [names["cascades"]])
 
 
 if __name__ == "__main__":
