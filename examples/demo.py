@@ -303,7 +303,7 @@ def print_next() -> None:
 Next:
   {python} examples/cascade.py
       one network at every depth, and early exits
-  {python} -m gkt_fast train --data digits --epochs 10 -b 50 --output runs
+  {python} -m gkt_fast train --data digits --epochs 10 -b 50 --output runs --experiment digits
       the same training on the command line
   {python} -m gkt_fast train --data imagefolder:photos --epochs 30 -b 32 --output runs
       images of yours, in photos/train/CLASS/ and photos/val/CLASS/"""
