@@ -61,6 +61,8 @@ def test_demo(tmp_path):
     assert len(commands) == 3 and all(
         re.match(r"\S*python\S* (-m gkt_fast|examples/)", line) for line in commands
     )
+    names = [re.search(r"--experiment \S+|$", line)[0] for line in commands if " train " in line]
+    assert len(set(names)) == len(names) == 2, "a folder for each run"
 
     with Image.open(tmp_path / "out" / "demo.png") as image:
         image.load()
