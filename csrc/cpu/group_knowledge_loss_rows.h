@@ -1,15 +1,12 @@
-// How the rows of a tile of group_knowledge_loss lie in vectors and in memory.
-//
-// Two arrangements. A vector holds W classes of one row, and reductions over classes end across its
-// lanes; or, for few classes and for dense prediction, it holds one class of W rows, and nothing
-// crosses lanes. "Vector i" below is the i-th group of classes, or the i-th class.
+// How the rows of a tile of group_knowledge_loss lie in memory, in both arrangements of
+// group_knowledge_loss_sums.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/vector.h"
+#include "cpu/group_knowledge_loss_sums.h"
 #include "gkt_abi.h"
 
 namespace gkt {
@@ -31,30 +28,23 @@ namespace {
 
 using Params = gkt_group_knowledge_loss_params;
 
-// Whether a vector has unused lanes, as a type.
-template <bool kValue>
-struct Last {
-  static constexpr bool value = kValue;
-};
-
 template <class T, bool kRowsInLanes>
-class TileRows {
- public:
-  using Real = typename ArithmeticOf<T>::type;
-  using V = Vec<Real>;
-  static constexpr int W = kLanes<Real>;
-  static constexpr int kRows = kRowsInLanes ? W : 1;
+class TileRows : public TileSums<T, kRowsInLanes> {
+  using Base = TileSums<T, kRowsInLanes>;
 
-  static int64_t vectors(int64_t classes) { return kRowsInLanes ? classes : (classes + W - 1) / W; }
+ public:
+  using Base::kRows, Base::W;
+  using typename Base::Real, typename Base::V;
 
  protected:
+  using Base::for_vectors, Base::n_, Base::tail_;
+
   // A float gradient beyond the caches is written past them; other dtypes gain nothing by it.
   static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 
   TileRows(const Params& p, const GroupKnowledgeLossPlan& plan)
-      : p_(p),
-        n_(vectors(p.classes)),
-        tail_(kRowsInLanes ? W : static_cast<int>(p.classes - (n_ - 1) * W)),
+      : Base(p.classes),
+        p_(p),
         large_(std::is_same_v<T, float> && plan.gradient_bytes >= kStreamingBytes) {}
 
   // The rows that come next lie in `streams`: `count` of them.
@@ -78,36 +68,6 @@ class TileRows {
     ahead_step_ =
         kRowsInLanes && ahead_of.row_strides[p_.row_dims - 1] == 1 ? ahead_of.class_stride : W;
     result_ = streaming_ ? nullptr : to;
-  }
-
-  // Calls body(i, last) for every vector; `last` tells of unused lanes.
-  template <class Body>
-  void for_vectors(const Body& body) const {
-    const int64_t whole = tail_ == W ? n_ : n_ - 1;
-    for (int64_t i = 0; i < whole; ++i) body(i, Last<false>{});
-    if (whole < n_) body(whole, Last<true>{});
-  }
-
-  // Adds to total what body(i, last, sums) adds to its sums for every vector. By blocks: rounding
-  // errors grow with the length of a block and the number of blocks, not with that of the row.
-  template <class Sums, class Body>
-  Sums sum_vectors(Sums total, const Body& body) const {
-    constexpr int64_t kBlock = 256;
-    const int64_t whole = tail_ == W ? n_ : n_ - 1;
-    for (int64_t begin = 0; begin < whole; begin += kBlock) {
-      const int64_t end = begin + kBlock < whole ? begin + kBlock : whole;
-      Sums block{};
-      for (int64_t i = begin; i < end; ++i) body(i, Last<false>{}, block);
-      total += block;
-    }
-    if (whole < n_) body(whole, Last<true>{}, total);
-    return total;
-  }
-
-  // Zero in the unused lanes of the last vector.
-  template <bool kLast>
-  V used(V v, Last<kLast>) const {
-    return kLast && !kRowsInLanes ? (lane_indices<V>() < tail_ ? v : V{}) : v;
   }
 
   // Reads the tile's rows into x, converted; unused lanes of the last vector get `padding`.
@@ -185,8 +145,6 @@ class TileRows {
   }
 
   const Params& p_;
-  const int64_t n_;      // vectors per row
-  const int tail_;       // lanes in use of the last vector
   V* output_ = nullptr;  // (n_), where memory takes no vectors
 
   // Memory to have at hand: the logits of the next stream, and where the gradient goes.

@@ -1,6 +1,6 @@
 // A tile of rows of group_knowledge_loss on the CPU: one walk over its streams, with everything
 // between the logits and their gradient in scratch memory that stays in cache. The same code runs
-// in both arrangements of group_knowledge_loss_rows.h.
+// in both arrangements of group_knowledge_loss_sums.h.
 #pragma once
 
 #include <cstddef>
@@ -12,17 +12,6 @@ namespace gkt {
 
 namespace GKT_ISA {
 namespace {
-
-template <class V>
-struct TwoSums {
-  V first, second;
-
-  TwoSums& operator+=(const TwoSums& other) {
-    first += other.first;
-    second += other.second;
-    return *this;
-  }
-};
 
 enum class CrossEntropy { none, indices, probabilities };
 
@@ -93,8 +82,9 @@ class Tile : public TileRows<T, kRowsInLanes> {
   }
 
  private:
-  using I = Ints<V>;
+  using typename Base::I;
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  using Base::add_rows, Base::first_class, Base::max_classes, Base::sum_classes;
   using Base::ahead_, Base::ahead_step_, Base::begin_rows, Base::begin_stream, Base::count_;
   using Base::for_vectors, Base::sum_vectors, Base::load_rows, Base::logits_step_, Base::n_,
       Base::output_, Base::p_;
@@ -111,21 +101,6 @@ class Tile : public TileRows<T, kRowsInLanes> {
   void take_softmax(Softmax<V>& softmax) {
     softmax.x = take();
     softmax.e = take();
-  }
-
-  // Reduces over classes; the result is in every lane that needs it.
-  static V sum_classes(V v) { return kRowsInLanes ? v : add_lanes(v); }
-  static V max_classes(V v) { return kRowsInLanes ? v : maximum_lanes(v); }
-  static V first_class(const V* x) { return kRowsInLanes ? x[0] : broadcast<V>(x[0][0]); }
-
-  // Adds the rows for which `counted` holds. Lanes are read from memory: an index that is not a
-  // constant would send the whole vector there and back for each of them.
-  static void add_rows(double* sum, V value, I counted) {
-    Real values[W];
-    store(values, counted ? value : V{});
-    double total = 0;
-    for (int j = 0; j < kRows; ++j) total += static_cast<double>(values[j]);
-    *sum += total;
   }
 
   void load_targets(int64_t row, int64_t step) {
