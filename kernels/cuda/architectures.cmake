@@ -22,7 +22,8 @@ function(gkt_cuda_architectures version result)
   set(${result} ${known} ${newest} PARENT_SCOPE)
 endfunction()
 
-# How many nvcc may run at once: each takes up to 2 GiB, and machines with many cores have less per core.
+# How many nvcc may run at once: each takes up to 2 GiB with its architectures side by side, and machines with many
+# cores have less per core.
 function(gkt_nvcc_jobs result)
   cmake_host_system_information(RESULT mebibytes QUERY AVAILABLE_PHYSICAL_MEMORY)
   math(EXPR jobs "${mebibytes} / 2048")

@@ -177,15 +177,17 @@ template <class T>
 void launch_for(const Params& p, int64_t rows, const Workspace& w, int64_t* report, void* stream) {
   constexpr int64_t kMostStreamsPerThread = 16;  // whose sums fit into shared memory
   const bool rows_adjacent = p.full.row_strides[p.row_dims - 1] == 1 && p.full.class_stride != 1;
+  // In double exp takes longer than access does: wide accesses would not be worth their kernels.
+  constexpr int kVector = std::is_same_v<T, double> ? 1 : kVectorSize<T>;
   const bool vectors = vectorizable<T>(p);
   if (rows_adjacent && p.classes <= kMostClassesPerWarp && p.streams <= kMostStreamsPerThread)
     launch_loss<T, 1, 1>(p, rows, w, report, stream);
   else if (p.classes <= kMostClassesPerWarp && vectors)
-    launch_loss<T, kWarpSize, kVectorSize<T>>(p, rows, w, report, stream);
+    launch_loss<T, kWarpSize, kVector>(p, rows, w, report, stream);
   else if (p.classes <= kMostClassesPerWarp)
     launch_loss<T, kWarpSize, 1>(p, rows, w, report, stream);
   else if (vectors)
-    launch_loss<T, kThreads, kVectorSize<T>>(p, rows, w, report, stream);
+    launch_loss<T, kThreads, kVector>(p, rows, w, report, stream);
   else
     launch_loss<T, kThreads, 1>(p, rows, w, report, stream);
 }
