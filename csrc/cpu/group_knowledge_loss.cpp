@@ -15,14 +15,28 @@ GKT_FOR_EACH_ISA(size_t group_knowledge_loss_scratch(const gkt_group_knowledge_l
 namespace GKT_ISA {
 namespace {
 
-int64_t row_offset(const Params& p, const int64_t* strides, int dims, int64_t index) {
-  int64_t offset = 0;
-  for (int d = dims - 1; d >= 0; --d) {
-    offset += index % p.row_sizes[d] * strides[d];
-    index /= p.row_sizes[d];
+// A line of rows: where it lies in all dimensions but the innermost. The divisions are done once
+// for all tensors.
+class Line {
+ public:
+  Line(const Params& p, int64_t line) : dims_(p.row_dims - 1) {
+    for (int d = dims_ - 1; d >= 0; --d) {
+      indices_[d] = line % p.row_sizes[d];
+      line /= p.row_sizes[d];
+    }
   }
-  return offset;
-}
+
+  // Of its row `row` in a tensor with these strides.
+  int64_t offset(const int64_t* strides, int64_t row) const {
+    int64_t offset = row * strides[dims_];
+    for (int d = 0; d < dims_; ++d) offset += indices_[d] * strides[d];
+    return offset;
+  }
+
+ private:
+  const int dims_;
+  int64_t indices_[GKT_MAX_ROW_DIMS];
+};
 
 template <class TileType>
 void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
@@ -38,9 +52,8 @@ void run(const Params& p, const GroupKnowledgeLossPlan& plan) {
       const int64_t last = tiles * (chunk + 1) / plan.chunks;
       for (int64_t t = tiles * chunk / plan.chunks; t < last; ++t) {
         const int64_t outer = t / tiles_inside, row = t % tiles_inside * kRows;
-        const auto offset = [&](const int64_t* strides) {
-          return row_offset(p, strides, inner, outer) + row * strides[inner];
-        };
+        const Line line(p, outer);
+        const auto offset = [&](const int64_t* strides) { return line.offset(strides, row); };
         const int64_t count = std::min(p.row_sizes[inner] - row, kRows);
         const int64_t in_share = p.subnet_rows - (outer * p.row_sizes[inner] + row);
         tile.run({offset(p.full.row_strides), offset(p.full.gradient_row_strides),
@@ -139,7 +152,7 @@ CountedRows count_class_indices(const gkt_group_knowledge_loss_params& p, int64_
   CountedRows counted;
   for (int64_t outer = 0; outer * size < rows; ++outer) {
     const int64_t* targets = static_cast<const int64_t*>(p.targets) +
-                             baseline::row_offset(p, p.targets_row_strides, inner, outer);
+                             baseline::Line(p, outer).offset(p.targets_row_strides, 0);
     int64_t wrong = 0;
     const auto count = [&](int64_t begin, int64_t end) {
       int64_t total = 0;
