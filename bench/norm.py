@@ -1,6 +1,6 @@
 """ghost_batch_norm + residual + ReLU against torch eager and torch.compile: forward and backward, and bytes/s.
 
-    python bench/norm.py [--repeats 40] [--threads 2] [--retain-memory]
+    python bench/norm.py [--shapes 0 1 ...] [--repeats 40] [--threads 2] [--retain-memory]
 
 Prints a table, writes bench/results/norm.csv and bench/results/norm.png. With --retain-memory glibc keeps freed
 memory instead of returning it to the system, so that page faults of fresh memory don't count
@@ -76,9 +76,11 @@ def retain_memory() -> None:
             raise RuntimeError("this C library has no such option of mallopt")
 
 
-def rows(device: str, dtype: torch.dtype, names: list[str], repeats: int) -> list[dict[str, object]]:
+def rows(
+    shapes: list[tuple[int, ...]], device: str, dtype: torch.dtype, names: list[str], repeats: int
+) -> list[dict[str, object]]:
     where, table = environment(), []
-    for shape in SHAPES:
+    for shape in shapes:
         torch.compiler.reset()
         timings = measure(providers(shape, device, dtype, names), repeats, warmup=5)
         bandwidth = copy_bandwidth(torch.Size(shape).numel(), device, repeats)
@@ -115,6 +117,9 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="indices into the list"
+    )
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -133,7 +138,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ["eager", "compile", *(["cuda", "triton"] if device == "cuda" else ["cpp"])]
-    table = rows(device, getattr(torch, arguments.dtype), names, arguments.repeats)
+    shapes = [SHAPES[index] for index in arguments.shapes]
+    table = rows(shapes, device, getattr(torch, arguments.dtype), names, arguments.repeats)
     print_table(
         table,
         [

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from gkt_fast.ops import registry
 
@@ -279,14 +280,15 @@ def _compile(source: Path, base: str, define: Sequence[str]) -> Path:
     target = (
         cache_folder() / f"{source.stem}-{_digest(base, *flags, str(source), source.read_bytes(), *beside)}.o"
     )
-    if not target.exists() and source.suffix == ".cu":
-        assembly = target.with_suffix(f".{os.getpid()}.s")
-        run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
-        assembly.write_text(_with_red_zones(assembly.read_text()))
-        _produce(target, ["g++", "-c", str(assembly)])
-        assembly.unlink()
-    elif not target.exists():
-        _produce(target, ["g++", *flags, "-c", str(source)])
+    with FileLock(target.with_suffix(".lock")):  # other processes need the same; one of them compiles it
+        if not target.exists() and source.suffix == ".cu":
+            assembly = target.with_suffix(f".{os.getpid()}.s")
+            run(["g++", *flags, "-S", str(source), "-o", str(assembly)])
+            assembly.write_text(_with_red_zones(assembly.read_text()))
+            _produce(target, ["g++", "-c", str(assembly)])
+            assembly.unlink()
+        elif not target.exists():
+            _produce(target, ["g++", *flags, "-c", str(source)])
     return target
 
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from gkt_fast.ops import registry
+from helpers.triton_interpreter import patch_the_language_once_per_launch
 
 
 @contextmanager
@@ -21,8 +24,36 @@ def running_on(op: str, backend: str, device: str = "cpu") -> Iterator[None]:
             registry.select(op, device, implementation.dtypes[0])
     except registry.BackendError as error:
         unavailable(backend, str(error))
+    if backend == "triton" and not torch.cuda.is_available():
+        patch_the_language_once_per_launch()
     with registry.use_backend(backend):
         yield
+
+
+def combinations(backend: str, turning: Sequence, *axes: Sequence) -> list[tuple]:
+    """Rows (backend, one of `turning`, one of each of `axes`): all of them.
+
+    With Triton, whose interpreter is slow, enough of them: every combination of `axes` is there, and every one of
+    `turning` meets every value of each axis.
+    """
+    rows = list(itertools.product(turning, *axes))
+    if backend == "triton":
+        rows = _covering(rows)
+    return [(backend, *row) for row in rows]
+
+
+def _covering(rows: list[tuple]) -> list[tuple]:
+    """The rows that are left when each next one is that which meets most of what isn't met yet."""
+
+    def meets(row: tuple) -> set:
+        first, *others = map(repr, row)
+        return {tuple(others), *((first, i, value) for i, value in enumerate(others))}
+
+    missing, chosen = set().union(*map(meets, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(meets(row) & missing)))
+        missing -= meets(chosen[-1])
+    return chosen
 
 
 def unavailable(backend: str, reason: str) -> None:

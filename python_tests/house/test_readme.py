@@ -53,7 +53,7 @@ SMALL = {
     "bench/accuracy_report.py": "--output {tmp}",
     "bench/overhead.py": "--model cifar_resnet20 --batch-size 2 --repeats 1 --csv {tmp}/overhead.csv",
     "bench/loss.py": "--shapes 0 --repeats 1 --output {tmp}/loss.csv",
-    "bench/norm.py": "--repeats 1 --csv {tmp}/norm.csv",
+    "bench/norm.py": "--shapes 2 --repeats 1 --csv {tmp}/norm.csv",
     "bench/trainer.py": "--batch-size 2 --steps 1 --repeats 1 --memory-steps 10 --csv {tmp}/trainer.csv",
     "examples/demo.py": "--epochs 1 --seeds 1 --train-images 50 --depth 14 --output {tmp}/demo",
     "examples/minimal.py": "",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.backends import combinations
 from helpers.ghost_batch_norm_formula import (
     BACKENDS,
+    affordable,
     channels_last,
     expected,
     make,
@@ -22,9 +24,9 @@ SHAPES = [(6, 5, 3, 5), (4, 16, 4, 4), (24, 70), (12, 3, 1, 1), (6, 35, 7), (2, 
 BIG_SHAPES = [(4, 16, 33, 32), (2, 3, 70, 80), (6, 129, 20, 11), (2, 300, 7, 9)]
 
 
-def pairs(shapes, emulated):
-    """Backends with shapes; those that are emulated, hence slow, with the first few."""
-    return [(b, s) for b in BACKENDS for s in (shapes[:emulated] if b in ("triton", "cuda-host") else shapes)]
+def first(shapes, backend, emulated):
+    """All of the shapes; the first few with backends that are emulated, hence slow."""
+    return shapes[:emulated] if backend in ("triton", "cuda-host") else shapes
 
 
 @pytest.fixture(params=BACKENDS)
@@ -69,12 +71,20 @@ def check(tensors, ghosts, tolerance=None, **options):
     return actual
 
 
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
-@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
-@pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize(("backend", "shape"), pairs(SHAPES, 4), ids=str, indirect=["backend"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_values_and_gradients(backend, dtype, shape, layout, with_residual, relu):
+LAYOUTS, FLAGS = ["planes", "channels_last"], [True, False]
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype", "layout", "with_residual", "relu"),
+    [
+        row
+        for name in BACKENDS
+        for row in combinations(name, first(SHAPES, name, 4), list(TOLERANCE), LAYOUTS, FLAGS, FLAGS)
+    ],
+    ids=str,
+    indirect=["backend"],
+)
+def test_values_and_gradients(backend, shape, dtype, layout, with_residual, relu):
     tensors = make(shape, dtype, layout)
     for ghosts in {1, 2 if shape[0] > 4 or len(shape) > 2 else 1}:
         actual = check(tensors, ghosts, with_residual=with_residual, relu=relu)
@@ -82,17 +92,22 @@ def test_values_and_gradients(backend, dtype, shape, layout, with_residual, relu
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize(("backend", "shape"), pairs(BIG_SHAPES, 2), ids=str, indirect=["backend"])
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [(name, shape) for name in BACKENDS for shape in first(BIG_SHAPES, name, 2)],
+    ids=str,
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("ghosts", [1, 2])
 def test_tensors_of_several_tiles(backend, shape, layout, ghosts):
-    check(make(shape, layout=layout), ghosts)
+    check(make(affordable(shape, backend, layout), layout=layout), ghosts)
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("keep", [[True, False, True], [False, False, False], [True, True, True]], ids=str)
 def test_a_dropped_ghost_batch_passes_its_residual_through(backend, keep, relu, layout):
-    tensors = make((6, 19, 3, 5), layout=layout)
+    tensors = make(affordable((6, 19, 3, 5), backend, layout), layout=layout)
     actual = check(tensors, 3, keep=torch.tensor(keep), relu=relu)
     for g, kept in enumerate(keep):
         rows = slice(2 * g, 2 * g + 2)
@@ -105,14 +120,15 @@ def test_a_dropped_ghost_batch_passes_its_residual_through(backend, keep, relu, 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_running_statistics_make_it_an_affine_map(backend, dtype, relu, layout):
-    tensors = make((6, 19, 3, 5), dtype, layout)
-    running = (torch.randn(19, dtype=torch.float64), torch.rand(19, dtype=torch.float64) + 0.3)
+    tensors = make(affordable((6, 19, 3, 5), backend, layout), dtype, layout)
+    channels = tensors["x"].shape[1]
+    running = (torch.randn(channels, dtype=torch.float64), torch.rand(channels, dtype=torch.float64) + 0.3)
     wanted = expected(tensors, 2, relu=relu, running=running)
     running = tuple(r.to(tensors["weight"].dtype) for r in running)
     actual = run(tensors, wanted.pop("grad_y"), 2, relu=relu, running=running)
     for name in wanted:
         assert relative_norm(actual[name], wanted[name]) <= TOLERANCE[dtype], name
-    assert actual["mean"].shape == (2, 19)
+    assert actual["mean"].shape == (2, channels)
 
 
 def test_one_value_per_channel_is_enough_in_eval_mode(backend):
@@ -126,7 +142,7 @@ def test_one_value_per_channel_is_enough_in_eval_mode(backend):
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_large_mean_with_small_variance(backend, layout):
     """In float32 the mean alone is off by 5e-4; results are not."""
-    check(make((8, 20, 9, 7), layout=layout, mean=1e4, std=1.0), 2)
+    check(make(affordable((8, 20, 9, 7), backend, layout), layout=layout, mean=1e4, std=1.0), 2)
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
@@ -143,7 +159,7 @@ def test_constant_channels_have_no_variance(backend, value, layout):
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_no_worse_than_eager(backend, dtype, layout):
-    tensors = make((8, 21, 5, 6), dtype, layout)
+    tensors = make(affordable((8, 21, 5, 6), backend, layout), dtype, layout)
     wanted = expected(tensors, 1)
     grad_y = wanted.pop("grad_y")
     actual = run(tensors, grad_y, 1)
@@ -172,10 +188,10 @@ def test_parameters_in_low_precision_get_gradients_in_it(backend):
 @pytest.mark.parametrize("cut", ["batch", "channels", "rows", "every second", "transposed", "mixed layouts"])
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_strided_inputs(backend, layout, cut):
-    large = make((12, 20, 6, 8), layout=layout)
+    large = make(affordable((12, 20, 6, 8), backend, layout), layout=layout)
     pick = {
         "batch": lambda t: t[3:9],
-        "channels": lambda t: t[:, 2:19],
+        "channels": lambda t: t[:, 2:-1],
         "rows": lambda t: t[:, :, 1:5],
         "every second": lambda t: t[::2, :, :, ::2],
         "transposed": lambda t: t.transpose(2, 3),
@@ -183,7 +199,7 @@ def test_strided_inputs(backend, layout, cut):
     }[cut]
     tensors = {name: pick(t) if t.dim() == 4 else t for name, t in large.items()}
     if cut == "channels":
-        tensors["weight"], tensors["bias"] = large["weight"][2:19], large["bias"][2:19]
+        tensors["weight"], tensors["bias"] = large["weight"][2:-1], large["bias"][2:-1]
     if cut == "mixed layouts":
         other = channels_last if layout == "planes" else torch.Tensor.contiguous
         tensors["residual"], tensors["grad_y"] = (other(tensors[name]) for name in ("residual", "grad_y"))
@@ -205,11 +221,12 @@ def test_expanded_and_strided_grad_output(backend, layout):
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_every_output_is_written(backend, layout):
     """torch fills what is allocated with NaN while it is deterministic."""
+    shape = affordable((6, 19, 3, 5), backend, layout)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        check(make((6, 19, 3, 5), layout=layout), 2, keep=torch.tensor([True, False]))
-        check(make((6, 19, 3, 5), layout=layout), 2, with_residual=False, relu=False)
+        check(make(shape, layout=layout), 2, keep=torch.tensor([True, False]))
+        check(make(shape, layout=layout), 2, with_residual=False, relu=False)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -260,6 +277,6 @@ def test_nan_and_infinity_reach_the_output(backend):
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_repeated_runs_give_the_same_bits(backend, layout):
-    tensors = make((6, 70, 9, 9), layout=layout)
+    tensors = make(affordable((6, 70, 9, 9), backend, layout), layout=layout)
     first, second = (run(tensors, tensors["grad_y"], 2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.ghost_batch_norm_formula import BACKENDS, expected, make, on_backend, relative_norm
+from helpers.backends import combinations
+from helpers.ghost_batch_norm_formula import (
+    BACKENDS,
+    affordable,
+    expected,
+    make,
+    on_backend,
+    relative_norm,
+)
 
 from gkt_fast import ghost_batch_norm
 from gkt_fast.ops import ghost_batch_norm_reference
@@ -24,10 +32,20 @@ def running_statistics(channels, dtype):
     return torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.3
 
 
-@pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_values_gradients_and_running_statistics(backend, dtype, shape, layout):
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype", "layout"),
+    [
+        row
+        for name in BACKENDS
+        for row in combinations(
+            name, SHAPES, [torch.float32, torch.float64, torch.bfloat16], ["planes", "channels_last"]
+        )
+    ],
+    ids=str,
+    indirect=["backend"],
+)
+def test_values_gradients_and_running_statistics(backend, shape, dtype, layout):
+    shape = affordable(shape, backend, layout)
     tensors = make(shape, dtype, layout)
     wanted = expected(tensors, 1)
     statistics_dtype = tensors["weight"].dtype

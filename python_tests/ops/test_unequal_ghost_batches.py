@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.backends import combinations
 from helpers.ghost_batch_norm_formula import (
     BACKENDS,
+    affordable,
     channels_last,
     expected,
     make,
@@ -65,27 +67,38 @@ def check(tensors, ghosts, lead_rows, **options):
     return actual
 
 
-@pytest.mark.parametrize(("with_residual", "relu"), [(True, True), (False, True), (True, False)], ids=str)
-@pytest.mark.parametrize("layout", ["planes", "channels_last"])
-@pytest.mark.parametrize(("shape", "ghosts", "lead_rows"), SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_values_and_gradients(backend, dtype, shape, ghosts, lead_rows, layout, with_residual, relu):
+FLAGS = [{"with_residual": True, "relu": True}, {"with_residual": False}, {"relu": False}]
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes", "dtype", "layout", "flags"),
+    [
+        row
+        for name in BACKENDS
+        for row in combinations(name, SIZES, list(TOLERANCE), ["planes", "channels_last"], FLAGS)
+    ],
+    ids=str,
+    indirect=["backend"],
+)
+def test_values_and_gradients(backend, sizes, dtype, layout, flags):
+    shape, ghosts, lead_rows = sizes
+    shape = affordable(shape, backend, layout)
     tensors = make(shape, dtype, layout)
-    actual = check(tensors, ghosts, lead_rows, with_residual=with_residual, relu=relu)
+    actual = check(tensors, ghosts, lead_rows, **flags)
     assert actual["y"].stride() == tensors["x"].stride() and actual["mean"].shape == (ghosts, shape[1])
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 @pytest.mark.parametrize(("shape", "ghosts", "lead_rows"), BIG_SIZES, ids=str)
 def test_ghost_batches_of_several_chunks(backend, shape, ghosts, lead_rows, layout):
-    check(make(shape, layout=layout), ghosts, lead_rows)
+    check(make(affordable(shape, backend, layout), layout=layout), ghosts, lead_rows)
 
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("keep", [[False, True, True], [True, False, True], [True, True, True]], ids=str)
 def test_dropped_ghost_batches(backend, keep, relu, layout):
-    tensors = make((9, 19, 3, 5), layout=layout)
+    tensors = make(affordable((9, 19, 3, 5), backend, layout), layout=layout)
     actual = check(tensors, 3, 5, keep=torch.tensor(keep), relu=relu)
     for kept, y, residual, grad_x in zip(
         keep,
@@ -98,24 +111,25 @@ def test_dropped_ghost_batches(backend, keep, relu, layout):
 
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_running_statistics(backend, layout):
-    running = (torch.randn(19, dtype=torch.float64), torch.rand(19, dtype=torch.float64) + 0.3)
-    check(make((7, 19, 3, 5), torch.float64, layout), 3, 3, running=running)
+    shape = affordable((7, 19, 3, 5), backend, layout)
+    running = (torch.randn(shape[1], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64) + 0.3)
+    check(make(shape, torch.float64, layout), 3, 3, running=running)
 
 
 @pytest.mark.parametrize("cut", ["batch", "channels", "every second", "transposed", "mixed layouts"])
 @pytest.mark.parametrize("layout", ["planes", "channels_last"])
 def test_strided_inputs(backend, layout, cut):
-    large = make((14, 20, 6, 8), layout=layout)
+    large = make(affordable((14, 20, 6, 8), backend, layout), layout=layout)
     pick = {
         "batch": lambda t: t[3:10],
-        "channels": lambda t: t[:, 2:19],
+        "channels": lambda t: t[:, 2:-1],
         "every second": lambda t: t[::2, :, :, ::2],
         "transposed": lambda t: t.transpose(2, 3),
         "mixed layouts": lambda t: t,
     }[cut]
     tensors = {name: pick(t) if t.dim() == 4 else t for name, t in large.items()}
     if cut == "channels":
-        tensors["weight"], tensors["bias"] = large["weight"][2:19], large["bias"][2:19]
+        tensors["weight"], tensors["bias"] = large["weight"][2:-1], large["bias"][2:-1]
     if cut == "mixed layouts":
         other = channels_last if layout == "planes" else torch.Tensor.contiguous
         tensors["residual"], tensors["grad_y"] = (other(tensors[name]) for name in ("residual", "grad_y"))
@@ -128,7 +142,7 @@ def test_a_large_mean_and_every_output_written(backend, layout):
     """torch fills what is allocated with NaN while it is deterministic."""
     torch.use_deterministic_algorithms(True)
     try:
-        check(make((9, 19, 5, 7), layout=layout, mean=1e4, std=1.0), 3, 5)
+        check(make(affordable((9, 19, 5, 7), backend, layout), layout=layout, mean=1e4, std=1.0), 3, 5)
     finally:
         torch.use_deterministic_algorithms(False)
 
