@@ -39,13 +39,16 @@ class TileRows : public TileSums<T, kRowsInLanes> {
  protected:
   using Base::for_vectors, Base::n_, Base::tail_;
 
-  // A float gradient beyond the caches is written past them; other dtypes gain nothing by it.
+  // A float gradient beyond the caches is written past them; other dtypes gain nothing by it. By
+  // whole cache lines, or by vectors that fill one after the other: half a line that waits for its
+  // other half while all other classes are written takes several times as long.
   static constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+  static constexpr bool kFillsLines = !kRowsInLanes || kVectorBytes == 64;
 
   TileRows(const Params& p, const GroupKnowledgeLossPlan& plan)
       : Base(p.classes),
         p_(p),
-        large_(std::is_same_v<T, float> && plan.gradient_bytes >= kStreamingBytes) {}
+        large_(std::is_same_v<T, float> && kFillsLines && plan.gradient_bytes >= kStreamingBytes) {}
 
   // The rows that come next lie in `streams`: `count` of them.
   void begin_rows(const gkt_stream_logits& streams, int count) {
