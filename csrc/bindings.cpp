@@ -1,4 +1,4 @@
-// The only file that knows Python: integers and floats in, GIL released, status -> exception.
+// The only file that knows Python: numbers and addresses in, GIL released, status -> exception.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -53,82 +53,100 @@ int place(int threads) { return threads; }
 void* place(uintptr_t stream) { return pointer(stream); }
 #endif
 
-// (address, batch stride, channel stride, position stride)
-using Activation = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-
-gkt_activation activation(const Activation& a) {
-  return {pointer(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+// The address of a tensor's values; null for None. A tensor is whatever has data_ptr(), so that
+// nothing here is built against torch.
+template <class T = void>
+T* values(py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  const auto address =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+  if (!address) throw py::error_already_set();
+  return static_cast<T*>(PyLong_AsVoidPtr(address.ptr()));
 }
 
 // (dtype, channels_last, ghosts, rows of each but the first, channels, positions, rows of the
 // first)
 using Shape = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-gkt_ghost_batch_norm_params ghost_batch_norm_params(const Shape& shape, double eps, bool relu,
-                                                    bool use_running) {
-  gkt_ghost_batch_norm_params params = {};
-  int32_t channels_last = 0;
-  std::tie(params.dtype, channels_last, params.ghosts, params.ghost_rows, params.channels,
-           params.positions, params.lead_rows) = shape;
-  params.channels_last = channels_last;
-  params.eps = eps;
-  params.relu = relu;
-  params.use_running = use_running;
-  return params;
-}
+// Of batch, channel and position, in elements.
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+// A problem of ghost_batch_norm that is described once: each call adds the tensors.
+class GhostBatchNorm {
+ public:
+  GhostBatchNorm(const Shape& shape, double eps, bool relu, bool use_running, double momentum,
+                 const Strides& x, const Strides& residual, const Strides& y, const Strides& grad_y,
+                 const Strides& grad_x, const Strides& grad_residual)
+      : problem_{} {
+    int32_t channels_last = 0;
+    std::tie(problem_.dtype, channels_last, problem_.ghosts, problem_.ghost_rows, problem_.channels,
+             problem_.positions, problem_.lead_rows) = shape;
+    problem_.channels_last = channels_last;
+    problem_.eps = eps;
+    problem_.relu = relu;
+    problem_.use_running = use_running;
+    problem_.momentum = momentum;
+    problem_.x = activation(x);
+    problem_.residual = activation(residual);
+    problem_.y = activation(y);
+    problem_.grad_y = activation(grad_y);
+    problem_.grad_x = activation(grad_x);
+    problem_.grad_residual = activation(grad_residual);
+  }
+
+  // Where: the number of threads, or the stream's handle.
+  template <auto run, class Where>
+  void forward(py::handle x, py::handle residual, py::handle weight, py::handle bias,
+               py::handle keep, py::handle y, py::handle statistics, py::handle mask,
+               py::handle running_mean, py::handle running_var, py::handle workspace,
+               Where where) const {
+    gkt_ghost_batch_norm_params params = problem_;
+    params.x.data = values(x);
+    params.residual.data = values(residual);
+    params.weight = values(weight);
+    params.bias = values(bias);
+    params.keep = values<const uint8_t>(keep);
+    params.y.data = values(y);
+    params.statistics = values(statistics);
+    params.mask = values<uint8_t>(mask);
+    params.running_mean = values(running_mean);
+    params.running_var = values(running_var);
+    params.workspace = values(workspace);
+    check(without_gil([&] { return run(&params, place(where)); }));
+  }
+
+  template <auto run, class Where>
+  void backward(py::handle grad_y, py::handle x, py::handle weight, py::handle statistics,
+                py::handle mask, py::handle keep, py::handle grad_x, py::handle grad_residual,
+                py::handle grad_weight, py::handle grad_bias, py::handle workspace,
+                Where where) const {
+    gkt_ghost_batch_norm_params params = problem_;
+    params.grad_y.data = values(grad_y);
+    params.x.data = values(x);
+    params.weight = values(weight);
+    params.statistics = values(statistics);
+    params.mask = values<uint8_t>(mask);
+    params.keep = values<const uint8_t>(keep);
+    params.grad_x.data = values(grad_x);
+    params.grad_residual.data = values(grad_residual);
+    params.grad_weight = values(grad_weight);
+    params.grad_bias = values(grad_bias);
+    params.workspace = values(workspace);
+    check(without_gil([&] { return run(&params, place(where)); }));
+  }
 
 #ifdef GKT_WITH_CUDA
-int64_t ghost_batch_norm_workspace(const Shape& shape) {
-  const gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, 0, false, false);
-  return gkt_ghost_batch_norm_workspace_cuda(&params);
-}
+  int64_t workspace() const { return gkt_ghost_batch_norm_workspace_cuda(&problem_); }
 #endif
 
-// Where: the number of threads, or the stream's handle.
-template <auto run, class Where>
-void ghost_batch_norm_fwd(const Shape& shape, double eps, bool relu, bool use_running,
-                          const Activation& x, const Activation& residual, uintptr_t weight,
-                          uintptr_t bias, uintptr_t keep, const Activation& y, uintptr_t statistics,
-                          uintptr_t mask, uintptr_t running_mean, uintptr_t running_var,
-                          double momentum, uintptr_t workspace, Where where) {
-  gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
-  params.x = activation(x);
-  params.residual = activation(residual);
-  params.weight = pointer(weight);
-  params.bias = pointer(bias);
-  params.keep = pointer<const uint8_t>(keep);
-  params.y = activation(y);
-  params.running_mean = pointer(running_mean);
-  params.running_var = pointer(running_var);
-  params.momentum = momentum;
-  params.statistics = pointer(statistics);
-  params.mask = pointer<uint8_t>(mask);
-  params.workspace = pointer(workspace);
-  check(without_gil([&] { return run(&params, place(where)); }));
-}
+ private:
+  static gkt_activation activation(const Strides& strides) {
+    return {nullptr, std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+  }
 
-// Where: the number of threads, or the stream's handle.
-template <auto run, class Where>
-void ghost_batch_norm_bwd(const Shape& shape, double eps, bool relu, bool use_running,
-                          const Activation& grad_y, const Activation& x, uintptr_t weight,
-                          uintptr_t statistics, uintptr_t mask, uintptr_t keep,
-                          const Activation& grad_x, const Activation& grad_residual,
-                          uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace,
-                          Where where) {
-  gkt_ghost_batch_norm_params params = ghost_batch_norm_params(shape, eps, relu, use_running);
-  params.grad_y = activation(grad_y);
-  params.x = activation(x);
-  params.weight = pointer(weight);
-  params.statistics = pointer(statistics);
-  params.mask = pointer<uint8_t>(mask);
-  params.keep = pointer<const uint8_t>(keep);
-  params.grad_x = activation(grad_x);
-  params.grad_residual = activation(grad_residual);
-  params.grad_weight = pointer(grad_weight);
-  params.grad_bias = pointer(grad_bias);
-  params.workspace = pointer(workspace);
-  check(without_gil([&] { return run(&params, place(where)); }));
-}
+  gkt_ghost_batch_norm_params problem_;
+};
 
 // A tensor of logits as torch has it: addresses of it and of its gradient, shape, strides of both.
 // (S, B, C, *spatial), or (B, C, *spatial) for the full network's alone.
@@ -252,15 +270,16 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "gkt_fast's native kernels. Call them through gkt_fast.ops.";
   module.attr("abi_version") = GKT_ABI_VERSION;
   module.def("build_info", &build_info);
-  module.def("ghost_batch_norm_fwd_cpu", &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cpu, int>);
-  module.def("ghost_batch_norm_bwd_cpu", &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cpu, int>);
+  py::class_<GhostBatchNorm>(module, "GhostBatchNorm", py::module_local())
+      .def(py::init<const Shape&, double, bool, bool, double, const Strides&, const Strides&,
+                    const Strides&, const Strides&, const Strides&, const Strides&>())
 #ifdef GKT_WITH_CUDA
-  module.def("ghost_batch_norm_fwd_cuda",
-             &ghost_batch_norm_fwd<gkt_ghost_batch_norm_fwd_cuda, uintptr_t>);
-  module.def("ghost_batch_norm_bwd_cuda",
-             &ghost_batch_norm_bwd<gkt_ghost_batch_norm_bwd_cuda, uintptr_t>);
-  module.def("ghost_batch_norm_workspace_cuda", &ghost_batch_norm_workspace);
+      .def("forward_cuda", &GhostBatchNorm::forward<gkt_ghost_batch_norm_fwd_cuda, uintptr_t>)
+      .def("backward_cuda", &GhostBatchNorm::backward<gkt_ghost_batch_norm_bwd_cuda, uintptr_t>)
+      .def("workspace_cuda", &GhostBatchNorm::workspace)
 #endif
+      .def("forward_cpu", &GhostBatchNorm::forward<gkt_ghost_batch_norm_fwd_cpu, int>)
+      .def("backward_cpu", &GhostBatchNorm::backward<gkt_ghost_batch_norm_bwd_cpu, int>);
   py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams",
                                               py::module_local())
       .def(py::init(&group_knowledge_loss_params));

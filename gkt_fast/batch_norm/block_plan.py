@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..network.fingerprint import Watch
 from ..ops.library import runs_plain
-from ..ops.residual_block import Geometry, Problem, autocast_dtype, run_plain_residual_block
+from ..ops.residual_block import SLOTS, Geometry, Problem, autocast_dtype, run_plain_residual_block
 from .forms import Form, reason_against, run_layers, run_modules
 from .kinds import is_fusible_batch_norm, is_hooked
-from .layer import is_updated_by_the_op, report_statistics, surrounding_ghost_batches
+from .layer import (
+    Report,
+    is_updated_by_the_op,
+    report_statistics,
+    surrounding_ghost_batches,
+    values_per_ghost,
+)
 
 __all__ = ["BlockPlan"]
 
@@ -27,12 +35,12 @@ class _Run(NamedTuple):
 
     Args:
         problem: of the node; None: it can't run them.
-        read: the shape of what each norm reads.
-        dtypes: and its dtype.
+        values: of `Report`, for each norm.
+        dtypes: of what each norm reads.
     """
 
     problem: Problem | None
-    read: list[torch.Size]
+    values: list[tuple[int, int]]
     dtypes: list[torch.dtype]
 
 
@@ -53,7 +61,8 @@ class BlockPlan:
         self._form = form
         self._recompute = block.recompute
         self._whole = False
-        self._runs: dict[tuple, _Run] = {}
+        self._settings: list[Any] = []
+        self._runs: dict[Hashable, _Run] = {}
         self.reason = reason_against(block, form)
         if self.reason is None:
             self._layers = [getattr(block, name) for name in form.layers]
@@ -66,7 +75,7 @@ class BlockPlan:
 
     def run(self, x: Tensor) -> Tensor:
         """The block's output; for a block without a `reason`."""
-        if self._whole and runs_plain(x):
+        if self._whole:
             y = self._run_as_a_whole(x)
             if y is not None:
                 return y
@@ -88,18 +97,23 @@ class BlockPlan:
         self._tracking = [
             i for i, norm in enumerate(self._norms) if norm.training and norm.track_running_stats
         ]
+        read = [(attributes, name) for attributes in self._attributes for name in _GEOMETRY]
+        read += [(norm.__dict__, "eps") for norm in self._norms]
+        self._read = [attributes for attributes, _ in read], [name for _, name in read]
 
     def _run_as_a_whole(self, x: Tensor) -> Tensor | None:
         """The block as one node; None where the node can't run it."""
         parameters: list[Tensor | None] = []
         for convolution, norm in self._pairs:
-            parameters += (*_weights(convolution), *_tensors_of_norm(norm))
-        if not runs_plain(*parameters[::6]):
+            parameters += _weights(convolution)
+            parameters += _tensors_of_norm(norm)
+        weights = parameters[::SLOTS]
+        if not runs_plain(x, *weights):
             return None
         skip = run_modules(self._before, x) if self._before else None
         ghosts = surrounding_ghost_batches()
         number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
-        run = self._describe(x, skip, parameters, number, lead)
+        run = self._describe(x, skip, weights, number, lead)
         if run.problem is None:
             return None
         updated = [] if ghosts is not None else [i for i in self._tracking if self._is_updated(i, run)]
@@ -108,10 +122,10 @@ class BlockPlan:
         if updated:
             counters = [self._norms[i]._buffers["num_batches_tracked"] for i in updated]
             torch._foreach_add_([counter for counter in counters if counter is not None], 1)
-        reported = [i for i in self._tracking if i not in updated]
-        if reported:
-            seen = [(self._norms[i], statistics[i], run.read[i]) for i in reported]
-            report_statistics(*zip(*seen, strict=True))
+        if len(updated) < len(self._tracking):
+            for i in self._tracking:
+                if i not in updated:
+                    report_statistics(Report(self._norms[i], statistics[i], run.values[i]))
         return y
 
     def _is_updated(self, i: int, run: _Run) -> bool:
@@ -127,39 +141,31 @@ class BlockPlan:
         return updates
 
     def _describe(
-        self,
-        x: Tensor,
-        skip: Tensor | None,
-        parameters: list[Tensor | None],
-        ghosts: int,
-        lead_rows: int | None,
+        self, x: Tensor, skip: Tensor | None, weights: list[Tensor], ghosts: int, lead_rows: int | None
     ) -> _Run:
-        """How such inputs run; found once, as long as they have the same form."""
-        key = (
-            x.shape,
-            x.dtype,
-            None if skip is None else (skip.shape, skip.dtype),
-            ghosts,
-            lead_rows,
-            autocast_dtype(x),
-            *[weight.shape for weight in parameters[::6]],
-            *[attributes[name] for attributes in self._attributes for name in _GEOMETRY],
-            *[norm.eps for norm in self._norms],
-        )
-        run = self._runs.get(key)
+        """How such inputs run; found once, as long as they have the same form and the layers the same settings."""
+        settings = [weight.shape for weight in weights]
+        settings += map(operator.getitem, *self._read)
+        if settings != self._settings:
+            self._settings, self._runs = settings, {}
+        autocast = autocast_dtype(x)
+        of_skip = None if skip is None else (skip.shape, skip.dtype)
+        form = x.shape, x.dtype, of_skip, ghosts, lead_rows, autocast
+        run = self._runs.get(form)
         if run is None:
             if len(self._runs) == _KEPT_RUNS:
                 self._runs.clear()
-            run = self._runs[key] = self._find_run(x, skip, parameters, ghosts, lead_rows)
+            run = self._runs[form] = self._find_run(x, skip, weights, ghosts, lead_rows, autocast)
         return run
 
     def _find_run(
         self,
         x: Tensor,
         skip: Tensor | None,
-        parameters: list[Tensor | None],
+        weights: list[Tensor],
         ghosts: int,
         lead_rows: int | None,
+        autocast: torch.dtype | None,
     ) -> _Run:
         nothing = _Run(None, [], [])
         if any(a["padding_mode"] != "zeros" or isinstance(a["padding"], str) for a in self._attributes):
@@ -178,32 +184,27 @@ class BlockPlan:
             lead_rows,
             self._recompute is not False,
             self._recompute == "pointwise",
-            autocast_dtype(x),
+            autocast,
         )
         shapes = [x.shape]
-        for i in range(self._depth):
-            shapes.append(_shape_after(shapes[-1], parameters[6 * i], geometry[i]))
+        for weight, of_layer in zip(weights[: self._depth], geometry, strict=False):
+            shapes.append(_shape_after(shapes[-1], weight, of_layer))
         residual = x if skip is None else skip
         shape, dtype = residual.shape, residual.dtype
         if shortcut:
-            shape = _shape_after(shape, parameters[6 * self._depth], geometry[-1])
-            dtype = problem.dtype or dtype
+            shape = _shape_after(shape, weights[self._depth], geometry[-1])
+            dtype = autocast or dtype
         # Torch adds what broadcasts, and promotes; the node does neither.
-        if shape != shapes[-1] or dtype != (problem.dtype or x.dtype):
+        if shape != shapes[-1] or dtype != (autocast or x.dtype):
             return nothing
         read = shapes[:-1] if preactivation else shapes[1:]
         read = [*read, shapes[-1]] if len(self._norms) > self._depth else read
-        rows = x.shape[0] // ghosts
-        if lead_rows is not None:
-            rows = min(lead_rows, (x.shape[0] - lead_rows) // (ghosts - 1))
-        if any(
-            norm.training and rows * shape[2] * shape[3] < 2
-            for norm, shape in zip(self._norms, read, strict=True)
-        ):
+        values = [values_per_ghost(shape, ghosts, lead_rows) for shape in read]
+        if any(norm.training and min(of_norm) < 2 for norm, of_norm in zip(self._norms, values, strict=True)):
             return nothing  # refused, in words, where the norm runs by itself
-        dtypes = [problem.dtype or x.dtype] * len(read)
+        dtypes = [autocast or x.dtype] * len(read)
         dtypes[0] = x.dtype if preactivation else dtypes[0]
-        return _Run(problem, read, dtypes)
+        return _Run(problem, values, dtypes)
 
 
 def _split(

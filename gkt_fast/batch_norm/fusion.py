@@ -100,7 +100,7 @@ class FusedBlock:
             plan.reason is not None
             or not isinstance(x, Tensor)  # torch.fx traces the block's own forward
             or x.dtype not in FLOAT_DTYPES
-            or x.device.type not in ("cpu", "cuda")
+            or not (x.is_cpu or x.is_cuda)
             or torch_module._has_any_global_hook()
         ):
             return self._own_forward(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -19,16 +19,58 @@ from .synchronized import group_of, synchronized_batch_norm
 
 __all__ = [
     "OnStatistics",
+    "Report",
     "ghost_batches",
     "is_updated_by_the_op",
     "report_statistics",
     "run_batch_norm",
     "run_batch_norm_layer",
     "surrounding_ghost_batches",
+    "values_per_ghost",
 ]
 
-OnStatistics = Callable[[nn.Module, Tensor, Tensor], None]
-"""Called with a BatchNorm layer, the mean (m, C) and the unbiased variance (m, C) of its m ghost batches."""
+
+class Report(NamedTuple):
+    """What a BatchNorm layer saw of m ghost batches in one call. Nothing is computed before it is asked for.
+
+    Args:
+        layer: the layer.
+        statistics: mean and variance, (m, C) each, or in one tensor (3, m, C) the first and the last; detached.
+        values: per channel, of the first ghost batch and of each other one; None: the variance is unbiased already.
+    """
+
+    layer: nn.Module
+    statistics: tuple[Tensor, Tensor] | Tensor
+    values: tuple[int, int] | None
+
+    def of_ghost(self, ghost: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance (C,) of a ghost batch, the variance as it is in `statistics`."""
+        if isinstance(self.statistics, Tensor):
+            mean, *_, variance = self.statistics.select(1, ghost).unbind()
+            return mean, variance
+        mean, variance = self.statistics
+        return mean[ghost], variance[ghost]
+
+    def correction(self, ghost: int) -> float:
+        """What the variance of a ghost batch is multiplied by to become unbiased."""
+        if self.values is None:
+            return 1.0
+        values = self.values[ghost > 0]
+        return values / max(values - 1, 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """(m, C)."""
+        return self.statistics[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """(m, C), unbiased."""
+        biased = self.statistics[-1]
+        return torch.stack([biased[ghost] * self.correction(ghost) for ghost in range(len(biased))])
+
+
+OnStatistics = Callable[[Report], None]
 
 
 class _Ghosts(NamedTuple):
@@ -62,13 +104,13 @@ def ghost_batches(
 ) -> Iterator[None]:
     """Inside, every batch is `ghosts` batches stacked along dim 0, for fused blocks and `run_batch_norm`.
 
-    No running statistics are updated inside. Instead `on_statistics` is called for each BatchNorm layer that would
+    No running statistics are updated inside. Instead `on_statistics` gets a report of each BatchNorm layer that would
     update its own: in training mode and with `track_running_stats`, read at every call. The context belongs to the
     thread and task that entered it; what a checkpointed block recomputes during backward must enter its own.
 
     Args:
         ghosts: m, at least 1.
-        on_statistics: receives (layer, mean, unbiased variance), (m, C) each, detached; None: nobody does.
+        on_statistics: receives the reports; None: nobody does.
         rows: rows of the first ghost batch and of each other one; None: all have as many.
 
     Raises:
@@ -113,10 +155,9 @@ def run_batch_norm(
         return ghost_batch_norm(x, layer.weight, layer.bias, ghosts=1, **running, **options)[0]
     number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
     group = group_of(layer) if layer.training else None
+    values = None
     if group is not None:
-        y, mean, unbiased_var = synchronized_batch_norm(
-            x, layer.weight, layer.bias, number, layer.eps, group, lead
-        )
+        y, mean, var = synchronized_batch_norm(x, layer.weight, layer.bias, number, layer.eps, group, lead)
         y = y if residual is None else y + residual
         y = relu(y) if activation == "relu" else y
     elif ghosts is None and is_updated_by_the_op(layer, x.dtype):
@@ -129,26 +170,18 @@ def run_batch_norm(
         return y
     else:
         y, mean, var = ghost_batch_norm(x, layer.weight, layer.bias, ghosts=number, lead_rows=lead, **options)
-        unbiased_var = _unbiased(var, x.shape, lead)
+        values = values_per_ghost(x.shape, number, lead)
     if _tracks(layer) and x.numel():
-        if ghosts is None:
-            _update_running_statistics(layer, mean[0], unbiased_var[0])
-        elif ghosts.on_statistics is not None:
-            ghosts.on_statistics(layer, mean, unbiased_var)
+        report_statistics(Report(layer, (mean, var), values))
     return y
 
 
-def _unbiased(var: Tensor, shape: torch.Size, lead: int | None) -> Tensor:
-    """The unbiased variances (m, C) from the biased ones of x of this shape."""
-    positions = shape[2:].numel()
-
-    def of_rows(variances: Tensor, rows: int) -> Tensor:
-        values = rows * positions // len(variances)
-        return variances * (values / max(values - 1, 1))
-
-    if lead is None:
-        return of_rows(var, shape[0])
-    return torch.cat([of_rows(var[:1], lead), of_rows(var[1:], shape[0] - lead)])
+def values_per_ghost(shape: torch.Size, ghosts: int, lead_rows: int | None) -> tuple[int, int]:
+    """How many values per channel the first ghost batch of an x of this shape has, and each other one."""
+    rows, positions = shape[0], shape[2:].numel()
+    if lead_rows is None:
+        return (rows // ghosts * positions,) * 2
+    return lead_rows * positions, (rows - lead_rows) // (ghosts - 1) * positions
 
 
 def run_batch_norm_layer(layer: _BatchNorm, x: Tensor) -> Tensor:
@@ -177,38 +210,13 @@ def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
     )
 
 
-def report_statistics(
-    layers: Sequence[_BatchNorm],
-    statistics: Sequence[Tensor],
-    shapes: Sequence[torch.Size],
-) -> None:
-    """Hands on what layers saw that track running statistics, as `run_batch_norm` does for one.
-
-    Args:
-        layers: the layers that ran.
-        statistics: (3, m, C) of each: mean, what rounding took from it, biased variance.
-        shapes: of what each read.
-    """
+def report_statistics(report: Report) -> None:
+    """Hands on what a layer saw that tracks running statistics: to the surrounding `ghost_batches`, or to the layer."""
     ghosts = _current.get()
-    if ghosts is not None and ghosts.on_statistics is None:
-        return
-    means, _, variances = zip(*[found.unbind() for found in statistics], strict=True)
-    lead = None if ghosts is None else ghosts.lead_rows(shapes[0][0])
-    with torch.no_grad():
-        if lead is None:
-            values = [
-                shape[0] * shape[2:].numel() // len(mean) for shape, mean in zip(shapes, means, strict=True)
-            ]
-            variances = torch._foreach_mul(variances, [n / max(n - 1, 1) for n in values])
-        else:
-            variances = [
-                _unbiased(variance, shape, lead) for variance, shape in zip(variances, shapes, strict=True)
-            ]
-    for layer, mean, variance in zip(layers, means, variances, strict=True):
-        if ghosts is None:
-            _update_running_statistics(layer, mean[0], variance[0])
-        else:
-            ghosts.on_statistics(layer, mean, variance)
+    if ghosts is None:
+        _update_running_statistics(report.layer, report.mean[0], report.variance[0])
+    elif ghosts.on_statistics is not None:
+        ghosts.on_statistics(report)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from .layer import OnStatistics
+from .layer import OnStatistics, Report
 
 __all__ = [
     "BatchStatistics",
@@ -159,8 +159,10 @@ def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> 
     if momentum is not None:
         running = [r for u in updates for r in (u.layer.running_mean, u.layer.running_var)]
         statistics = [s for u in updates for s in (u.mean, u.variance)]
-        torch._foreach_mul_(running, 1.0 - momentum)
-        torch._foreach_add_(running, statistics, alpha=momentum)
+        statistics = [
+            s if s.dtype is r.dtype else s.to(r.dtype) for s, r in zip(statistics, running, strict=True)
+        ]
+        torch._foreach_lerp_(running, statistics, momentum)
         return
     for u in updates:
         factor = 1.0 / u.layer.num_batches_tracked.to(u.mean.dtype)
@@ -177,23 +179,30 @@ class StreamStatistics:
 
     def __init__(self, all_update: bool) -> None:
         self._all_update = all_update
-        self._updates: list[tuple[int, BatchStatistics]] = []
+        self._reports: list[tuple[Sequence[Sequence[int]], Report]] = []
 
     def receiver(self, streams: Sequence[Sequence[int]]) -> OnStatistics:
         """For a call in which ghost batch i is the state of `streams[i]`."""
+        append = self._reports.append
+        return lambda report: append((streams, report))
 
-        def receive(layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
-            for i, members in enumerate(streams):
-                for stream in members:
-                    if stream == 0 or self._all_update:
-                        self._updates.append((stream, BatchStatistics(layer, mean[i], variance[i])))
-
-        return receive
-
+    @torch.no_grad()
     def update(self) -> None:
         """Updates the running statistics in the order of the streams."""
-        self._updates.sort(key=lambda update: update[0])
-        update_running_statistics(statistics for _, statistics in self._updates)
+        seen = [
+            (stream, report, ghost)
+            for streams, report in self._reports
+            for ghost, members in enumerate(streams)
+            for stream in members
+            if stream == 0 or self._all_update
+        ]
+        if not seen:
+            return
+        seen.sort(key=lambda update: update[0])
+        means, biased = zip(*[report.of_ghost(ghost) for _, report, ghost in seen], strict=True)
+        variances = torch._foreach_mul(biased, [report.correction(ghost) for _, report, ghost in seen])
+        layers = [report.layer for _, report, _ in seen]
+        update_running_statistics(map(BatchStatistics, layers, means, variances))
 
 
 def _freeze(layers: Iterable[_NormBase]) -> list[_NormBase]:

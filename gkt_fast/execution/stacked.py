@@ -160,6 +160,7 @@ class _Stack:
         self.order = BlockOrder(network.sites)
         self.order.begin_stream()
         self._detector = DrawDetector(network.model) if independent_noise else None
+        self._running = _streams_of_layers(plan)
         self._state_of = [0] * len(plan.paths)
         self._next = [0] * len(plan.paths)
 
@@ -235,8 +236,18 @@ class _Stack:
 
     def _moves(self, stream: int) -> bool:
         """Whether the stream runs the next layer."""
-        path, index = self.plan.paths[stream], self._next[stream]
-        return index < len(path) and self.plan.layer_of[path[index]] == self.position
+        return self.position < len(self._running) and stream in self._running[self.position]
+
+    def _stays_stacked(self) -> bool:
+        """Whether the next layer is run by the streams of the block before it, which are stacked as it needs them."""
+        here, layers = self.position, self.plan.layers
+        return (
+            0 < here < len(layers)
+            and layers[here].is_block
+            and layers[here - 1].is_block
+            and not layers[here].draws_noise
+            and self._running[here] == self._running[here - 1]
+        )
 
     def _advance(self) -> None:
         """The stacked states have run the layer: their streams are in the states after it."""
@@ -252,10 +263,12 @@ class _Stack:
         Before a layer that is no block (or at the end) all are stacked: the model may compute anything there. Streams
         that will draw noise of their own before the next block get a ghost batch each.
         """
+        rows = self._rows_of(x)
+        if self._stays_stacked():
+            return x
         segment = self._until_next_block()
         is_block = bool(segment) and segment[0].is_block
         apart = any(layer.draws_noise for layer in segment)
-        rows = self._rows_of(x)
         run: dict[tuple[int, int], list[int]] = {}
         stay: dict[int, list[int]] = {}
         for stream, state in enumerate(self._state_of):
@@ -334,6 +347,15 @@ class _Stack:
             return subnets.unflatten(0, (-1, rows.other)), full
         full, parts = lead_and_kept(logits, rows, 1, index[1:])
         return torch.stack(parts), full
+
+
+def _streams_of_layers(plan: Plan) -> list[set[int]]:
+    """The streams that run each layer."""
+    streams: list[set[int]] = [set() for _ in plan.layers]
+    for stream, path in enumerate(plan.paths):
+        for state in path:
+            streams[plan.layer_of[state]].add(stream)
+    return streams
 
 
 def _refusal(network: Network, streams: Streams) -> StackingError | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Hashable
+from itertools import repeat
 
 import torch.nn.modules.module as torch_module
 from torch import nn
@@ -29,12 +30,13 @@ class Watch:
         self._attributes = [module.__dict__ for module in modules]
         self._parents = [module._modules for module in modules if module._modules]
         self._children = self._children_now()
-        self._flags = [
+        flags = [
             (attributes, name)
             for attributes in self._attributes
             for name, value in attributes.items()
             if type(value) is bool
         ]
+        self._flags = [attributes for attributes, _ in flags], [name for _, name in flags]
         self._hooks = [attributes[name] for attributes in self._attributes for name in _HOOKS]
 
     def _children_now(self) -> list[nn.Module | None]:
@@ -49,12 +51,13 @@ class Watch:
 
     def fingerprint(self) -> Hashable:
         """Equal as long as modules are of the same classes, in the same modes, with the same flags and hooks."""
+        # Every fused block asks for this in every step: the interpreter's own loops are the shortest ones.
         return (
             type(self._model()),
             tuple(map(type, self._modules)),
-            tuple([attributes.get(name) for attributes, name in self._flags]),
-            tuple([tuple(hooks) for hooks in self._hooks if hooks]),
-            tuple([id(attributes["forward"]) for attributes in self._attributes if "forward" in attributes]),
-            tuple([i for i, attributes in enumerate(self._attributes) if attributes.get(_COMPILED)]),
+            tuple(map(dict.get, *self._flags)),
+            tuple([tuple(hooks) for hooks in filter(None, self._hooks)]),
+            tuple(map(id, map(dict.get, self._attributes, repeat("forward")))),
+            tuple(map(bool, map(dict.get, self._attributes, repeat(_COMPILED)))),
             tuple(torch_module._global_forward_hooks) + tuple(torch_module._global_forward_pre_hooks),
         )

@@ -11,4 +11,4 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic, of sums and of statistics: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype is torch.float64 else torch.float32

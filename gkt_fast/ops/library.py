@@ -16,10 +16,12 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
     "below_autograd",
     "below_everything",
+    "counts_flops",
     "define",
     "differentiable",
     "differentiate",
@@ -108,6 +110,14 @@ def runs_plain(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def counts_flops() -> bool:
+    """Whether torch's FLOP counter listens, which knows torch's own ops alone."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = map(type, _get_current_dispatch_mode_stack())
+    return any(mode.__name__.endswith("FlopCounterMode") for mode in modes)
 
 
 def below_everything() -> AbstractContextManager[None]:

@@ -1,16 +1,19 @@
-"""The formulas of both ops in basic operations, apart from the package's own code; float64 in, float64 out.
+"""The formulas of the ops in basic operations, apart from the package's own code; float64 in, float64 out.
 
-Autograd differentiates them. Shapes are those of `gkt_fast.ops.group_knowledge_loss` and `ghost_batch_norm`.
+Autograd differentiates them. Shapes are those of the ops in `gkt_fast.ops`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from ..ops import LossOptions
 
-__all__ = ["ghost_batch_norm", "group_knowledge_loss"]
+__all__ = ["ghost_batch_norm", "group_knowledge_loss", "residual_block"]
 
 
 def group_knowledge_loss(
@@ -93,6 +96,58 @@ def ghost_batch_norm(
         results.append((y, mean, variance, z))
     ys, means, variances, zs = zip(*results, strict=True)
     return torch.cat(ys), torch.stack(means), torch.stack(variances), torch.cat(zs)
+
+
+def residual_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[tuple[Tensor, Tensor]],
+    projection: tuple[Tensor, tuple[Tensor, Tensor]] | None,
+    ghosts: int,
+    keep: Tensor | None,
+    preactivation: bool,
+    lead_rows: int | None,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+    """y, mean and variance of each norm, and z before the last activation; convolutions keep their input's size.
+
+    Args:
+        x: (rows, C, height, width).
+        weights: of the main branch's convolutions.
+        norms: weight and bias of the norm of each.
+        projection: the same of the shortcut; None: it has neither.
+        ghosts: number of ghost batches.
+        keep: (ghosts,); False: the main branch counts nothing.
+        preactivation: whether norms and activations come before convolutions.
+        lead_rows: rows of the first ghost batch.
+    """
+    statistics = []
+
+    def normalized(
+        a: Tensor, norm: tuple[Tensor, Tensor], relu: bool = True, **last: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, variance, z = ghost_batch_norm(a, *norm, ghosts, relu=relu, lead_rows=lead_rows, **last)
+        statistics.append((mean, variance))
+        return y, z
+
+    def convolved(a: Tensor, weight: Tensor) -> Tensor:
+        return conv2d(a, weight, padding=weight.shape[-1] // 2)
+
+    a = x
+    if preactivation:
+        for weight, norm in zip(weights, norms, strict=True):
+            a = convolved(normalized(a, norm)[0], weight)
+        if keep is not None:
+            sizes = torch.tensor([len(x) // ghosts] * ghosts, device=x.device)
+            a = a * keep.repeat_interleave(sizes)[:, None, None, None]
+        return a + x, statistics, a + x
+    for weight, norm in zip(weights[:-1], norms[:-1], strict=True):
+        a = normalized(convolved(a, weight), norm)[0]
+    residual, of_shortcut = x, []
+    if projection is not None:
+        residual = normalized(convolved(x, projection[0]), projection[1], relu=False)[0]
+        of_shortcut = [statistics.pop()]
+    y, z = normalized(convolved(a, weights[-1]), norms[-1], residual=residual, keep=keep)
+    return y, statistics + of_shortcut, z
 
 
 def _rows(tensor: Tensor, class_dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Both ops on one backend against the formulas in float64: results, gradients, odd shapes, strides, dtypes."""
+"""The ops on one backend against the formulas in float64: results, gradients, odd shapes, strides, dtypes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import BackendError, ghost_batch_norm, group_knowledge_loss, use_backend
+from ..ops import BackendError, ghost_batch_norm, group_knowledge_loss, residual_block, use_backend
 from ..ops.registry import Implementation
+from ..ops.residual_block import Convolution, Norm
 from . import formulas
-from .report import Check, compare, failed
+from .report import LIMITS, Check, compare, failed
 
 __all__ = ["check_op"]
 
@@ -27,7 +28,8 @@ class Case:
     Args:
         name: what is special about them.
         shape: of the logits, or of x.
-        options: arguments of the op; for ghost_batch_norm also "residual", "keep" and "running", whether there are any.
+        options: arguments of the op; for ghost_batch_norm also "residual", "keep" and "running", whether there are any;
+            for residual_block "kernels" (sizes of its convolutions), "projection" and "keep", whether there are any.
         layout: "contiguous", "channels_last", "sliced" (every second element of the last dimension, part of the
             channels or classes) or "transposed" (first and last dimension swapped in memory).
     """
@@ -69,41 +71,64 @@ NORM_CASES = (
     Case("first ghost batch smaller", (6, 9, 4, 4), {"ghosts": 2, "lead_rows": 2}, "channels_last"),
     Case("large mean", (4, 4, 9, 9), {"ghosts": 2, "mean": 30.0}),
 )
+BLOCK_CASES = (
+    Case("basic", (6, 5, 7, 3), {"ghosts": 3, "kernels": (3, 3)}),
+    Case(
+        "dropped ghost batch", (6, 5, 5, 5), {"ghosts": 3, "kernels": (3, 3), "keep": True}, "channels_last"
+    ),
+    Case(
+        "projection, first ghost batch larger",
+        (7, 9, 5, 3),
+        {"ghosts": 3, "lead_rows": 3, "kernels": (3, 3, 3), "projection": True},
+        "channels_last",
+    ),
+    Case(
+        "preactivation, dropped ghost batch",
+        (6, 5, 4, 6),
+        {"ghosts": 3, "kernels": (3, 3), "preactivation": True, "keep": True},
+        "sliced",
+    ),
+)
 
 
 def check_op(implementation: Implementation, device: torch.device) -> Iterator[Check]:
-    """Every case in every dtype of the backend.
+    """Every case in every dtype of the backend, also of the op that consists of this one.
 
     Raises:
         BackendError: the backend turns out not to work here.
     """
-    op, cases = {
-        "group_knowledge_loss": (_run_loss, LOSS_CASES),
-        "ghost_batch_norm": (_run_norm, NORM_CASES),
+    checked = {
+        "group_knowledge_loss": {"group_knowledge_loss": (_run_loss, LOSS_CASES)},
+        "ghost_batch_norm": {
+            "ghost_batch_norm": (_run_norm, NORM_CASES),
+            "residual_block": (_run_block, BLOCK_CASES),
+        },
     }[implementation.op]
     for dtype in implementation.dtypes:
-        for seed, case in enumerate(cases):
-            yield _check(implementation, op, case, dtype, device, seed)
+        for subject, (op, cases) in checked.items():
+            for seed, case in enumerate(cases):
+                yield _check(subject, implementation.backend, op, case, dtype, device, seed)
 
 
 def _check(
-    implementation: Implementation,
-    op: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]],
+    subject: str,
+    backend: str,
+    op: Callable[..., tuple[dict, ...]],
     case: Case,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
 ) -> Check:
-    place = (implementation.op, implementation.backend, str(dtype).removeprefix("torch."), case.name)
+    place = (subject, backend, str(dtype).removeprefix("torch."), case.name)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     try:
-        with use_backend(implementation.backend):
-            actual, expected = op(case, dtype, normal)
-            return Check(*place, *compare(actual, expected))
+        # TF32 would round the convolutions' inputs to 10 bits.
+        with use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return Check(*place, *compare(*op(case, dtype, normal)))
     except BackendError:
         raise
     except Exception as error:  # a report is wanted whatever goes wrong
@@ -181,6 +206,60 @@ def _run_norm(case: Case, dtype: torch.dtype, normal: Callable[..., Tensor]) -> 
     )
     actual = {"y": y.detach(), "mean": mean, "variance": variance} | _gradients(y, leaves, grad_y)
     return actual, expected
+
+
+def _run_block(case: Case, dtype: torch.dtype, normal: Callable[..., Tensor]) -> tuple[dict, dict, dict]:
+    options = dict(case.options)
+    ghosts, kernels, channels = options.pop("ghosts"), options.pop("kernels"), case.shape[1]
+    projection, keep = options.pop("projection", False), options.pop("keep", False)
+    vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {"x": _laid_out(normal(*case.shape).to(dtype), case.layout)}
+    for i, kernel in enumerate([*kernels, 1] if projection else kernels):
+        scale = (channels * kernel**2) ** -0.5
+        inputs[f"convolution {i}"] = (scale * normal(channels, channels, kernel, kernel)).to(dtype)
+        # Shifts are large, so that no inner ReLU is near its corner, where rounding decides.
+        inputs[f"gain {i}"] = (0.1 + 0.02 * normal(channels)).to(vector_dtype)
+        inputs[f"shift {i}"] = (0.1 * normal(channels) + normal(channels).sign()).to(vector_dtype)
+    keep = torch.arange(ghosts, device=inputs["x"].device) != 1 if keep else None
+    preactivation, lead_rows = options.get("preactivation", False), options.get("lead_rows")
+
+    def layers(tensors: dict[str, Tensor]) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        places = range(len(kernels) + projection)
+        return [(tensors[f"convolution {i}"], (tensors[f"gain {i}"], tensors[f"shift {i}"])) for i in places]
+
+    exact = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
+    *main, last = layers(exact) if projection else [*layers(exact), None]
+    weights, norms = zip(*main, strict=True)
+    y, statistics, z = formulas.residual_block(
+        exact["x"], weights, norms, last, ghosts, keep, preactivation, lead_rows
+    )
+    grad_y = normal(*y.shape).to(dtype)
+    if not preactivation:
+        grad_y = grad_y.masked_fill(z.detach().abs() < (1e-3 if dtype == vector_dtype else 0.1), 0)
+    expected = {"y": y.detach(), **_named(statistics), **_gradients(y, exact, grad_y.double())}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    ours = [
+        (Convolution(weight, padding=(weight.shape[-1] // 2,) * 2), Norm(*norm))
+        for weight, norm in layers(leaves)
+    ]
+    *main, last = ours if projection else [*ours, None]
+    y, statistics = residual_block(
+        leaves["x"], *zip(*main, strict=True), ghosts=ghosts, shortcut=last, keep=keep, **options
+    )
+    actual = {"y": y.detach(), **_named(statistics), **_gradients(y, leaves, grad_y)}
+    # Every layer rounds what the next one reads, whose norm takes away most of a shift, though not of its error.
+    limits = {name: 4 * len(ours) * LIMITS[dtype] for name in actual}
+    return actual, expected, limits
+
+
+def _named(statistics: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Means and variances of a block's norms."""
+    names = ("mean", "variance")
+    return {
+        f"{name} {i}": value.detach()
+        for i, found in enumerate(statistics)
+        for name, value in zip(names, found, strict=True)
+    }
 
 
 def _gradients(y: Tensor, leaves: dict[str, Tensor], grad_y: Tensor) -> dict[str, Tensor]:

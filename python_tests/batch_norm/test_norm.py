@@ -72,7 +72,7 @@ def test_statistics_frozen_by_the_attribute():
     norm.track_running_stats = False
     torch.testing.assert_close(run_batch_norm(norm, x), norm(x))
     heard = []
-    with ghost_batches(2, lambda *call: heard.append(call)):
+    with ghost_batches(2, heard.append):
         run_batch_norm(norm, x)
     assert not heard
     assert all(torch.equal(norm.state_dict()[name], value) for name, value in before.items())
@@ -85,11 +85,12 @@ def test_each_ghost_batch_has_its_own_statistics():
     norm, x = layer(), batch(rows=6)
     before = copy.deepcopy(norm.state_dict())
     heard = []
-    with ghost_batches(3, lambda *call: heard.append(call)):
+    with ghost_batches(3, heard.append):
         y = run_batch_norm(norm, x)
     assert all(torch.equal(norm.state_dict()[name], value) for name, value in before.items())
-    ((heard_layer, mean, var),) = heard
-    assert heard_layer is norm and not mean.requires_grad and not var.requires_grad
+    (report,) = heard
+    mean, var = report.mean, report.variance
+    assert report.layer is norm and not mean.requires_grad and not var.requires_grad
     for g in range(3):
         rows = slice(2 * g, 2 * g + 2)
         torch.testing.assert_close(y[rows], copy.deepcopy(norm)(x[rows]), rtol=1e-11, atol=1e-12)
@@ -109,7 +110,7 @@ def test_eval_mode_inside_a_training_model():
     norm, x = layer().eval(), batch()
     norm.running_mean.normal_()
     heard = []
-    with ghost_batches(2, lambda *call: heard.append(call)):
+    with ghost_batches(2, heard.append):
         y = run_batch_norm(norm, x)
     torch.testing.assert_close(y, norm(x))
     assert not heard
@@ -117,9 +118,9 @@ def test_eval_mode_inside_a_training_model():
 
 def test_contexts_nest_and_end():
     norm, x, heard = layer(), batch(rows=12), []
-    with ghost_batches(3, lambda _, mean, var: heard.append(mean.shape[0])):
+    with ghost_batches(3, lambda report: heard.append(report.mean.shape[0])):
         run_batch_norm(norm, x)
-        with ghost_batches(2, lambda _, mean, var: heard.append(mean.shape[0])):
+        with ghost_batches(2, lambda report: heard.append(report.mean.shape[0])):
             run_batch_norm(norm, x)
         run_batch_norm(norm, x)
     run_batch_norm(norm, x)

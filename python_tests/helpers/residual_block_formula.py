@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkt_fast.ops.residual_block import Convolution, Norm
+from helpers.ghost_batch_norm_formula import rows_of_ghosts
 
 __all__ = ["CASES", "Case", "Inputs", "expected", "make"]
 
@@ -21,6 +22,7 @@ class Case(NamedTuple):
         kernels: sizes of the convolutions.
         options: of the convolutions: stride, dilation, groups of the one that is named by its place.
         shortcut: "none", "convolution", "normed" or "skip" (what code outside computed).
+        lead_rows: of the first ghost batch; None: as many as each of the others has.
     """
 
     widths: tuple[int, ...]
@@ -32,6 +34,7 @@ class Case(NamedTuple):
     bias: bool = False
     frozen: tuple[int, ...] = ()
     keep: bool = False
+    lead_rows: int | None = None
 
 
 CASES = {
@@ -51,6 +54,12 @@ CASES = {
         (6, 4, 4, 9), (1, 3, 1), {1: {"stride": (2, 2)}}, "convolution", True, 3, True
     ),
     "preactivation, dropped": Case((5, 3, 3, 5), (1, 3, 1), preactivation=True, keep=True, ghosts=3),
+    "first ghost batch larger": Case(
+        (5, 7, 7), (3, 3), {0: {"stride": (2, 2)}}, "normed", ghosts=3, keep=True, lead_rows=4
+    ),
+    "preactivation, first ghost batch smaller": Case(
+        (5, 3, 3, 5), (1, 3, 1), preactivation=True, ghosts=3, keep=True, lead_rows=1
+    ),
 }
 
 
@@ -99,13 +108,16 @@ def make(case: Case, dtype=torch.float64, layout="planes", seed=0, rows=2, size=
         return Norm(weight, bias, *(r.to(dtype) for r in running))
 
     widths, depth = case.widths, len(case.kernels)
-    x = normal("x", rows * case.ghosts, widths[0], *size)
+    lead_rows = rows if case.lead_rows is None else case.lead_rows
+    x = normal("x", lead_rows + rows * (case.ghosts - 1), widths[0], *size)
     convolutions = [
         convolution(i, widths[i], widths[i + 1], kernel, **case.options.get(i, {}))
         for i, kernel in enumerate(case.kernels)
     ]
     norms = [norm(i, widths[i] if case.preactivation else widths[i + 1]) for i in range(depth)]
     options = {"ghosts": case.ghosts, "preactivation": case.preactivation}
+    if case.lead_rows is not None:
+        options["lead_rows"] = case.lead_rows
     stride = next((o["stride"] for o in case.options.values() if "stride" in o), (1, 1))
     if case.shortcut in ("convolution", "normed"):
         projection = convolution(depth, widths[0], widths[-1], 1, stride=stride)
@@ -134,19 +146,19 @@ def expected(
     if options.get("shortcut") is not None:
         c, n = options["shortcut"]
         shortcut = Convolution(exact(c[0]), exact(c[1]), *c[2:]), n and Norm(*map(exact, n[:4]), n.eps)
-    ghosts = options["ghosts"]
     x, skip, keep = exact(inputs.x), exact(options.get("skip")), options.get("keep")
+    rows = rows_of_ghosts(x.shape[0], options["ghosts"], options.get("lead_rows"))
     parts = [
         _one(
             part,
             convolutions,
             norms,
             shortcut,
-            None if skip is None else skip.chunk(ghosts)[g],
+            None if skip is None else skip.split(rows)[g],
             keep is not None and not keep[g],
             options["preactivation"],
         )
-        for g, part in enumerate(x.chunk(ghosts))
+        for g, part in enumerate(x.split(rows))
     ]
     y = torch.cat([part for part, _ in parts])
     statistics = [

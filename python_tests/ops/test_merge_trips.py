@@ -59,9 +59,9 @@ def chunks_of(native, channels_last: bool, ghosts: int, shape: tuple[int, int, i
 
 def all_elements(native, channels_last, ghosts, shape, lead_rows) -> int:
     rows, channels, height, width = shape
-    return native.ghost_batch_norm_workspace_cuda(
-        (0, channels_last, ghosts, rows, channels, height * width, lead_rows)
-    )
+    shape = 0, channels_last, ghosts, rows, channels, height * width, lead_rows
+    strides = [(0, 0, 0)] * 6
+    return native.GhostBatchNorm(shape, 1e-5, True, False, 0.0, *strides).workspace_cuda()
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -9,6 +9,7 @@ import torch
 from helpers.ghost_batch_norm_formula import BACKENDS, on_backend
 from helpers.residual_block_formula import CASES, expected, make
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gkt_fast import fuse_blocks, residual_block
 from gkt_fast.ops import residual_block_reference
@@ -54,7 +55,13 @@ def test_against_float64(case, layout, recompute):
     compare(make(CASES[case], layout=layout, seed=next(SEEDS)), 1e-10, recompute=recompute)
 
 
-@pytest.mark.parametrize("case", ["bottleneck, projection", "dropped", "preactivation, bottleneck"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "bottleneck, projection", "dropped", "preactivation, bottleneck",
+        "first ghost batch larger", "preactivation, first ghost batch smaller",
+    ],
+)  # fmt: skip
 def test_on_every_backend(backend, case):
     dtype = torch.float32 if backend == "triton" else torch.float64
     # Positions at the corner of a ReLU are few here, and float32 decides them as float64 does for these seeds.
@@ -104,7 +111,7 @@ def arguments(inputs, recompute=True) -> tuple:
         shortcut=shortcut is not None,
         preactivation=inputs.options["preactivation"],
         ghosts=inputs.options["ghosts"],
-        lead_rows=None,
+        lead_rows=inputs.options.get("lead_rows"),
         recompute=recompute is not False,
         pointwise=recompute == "pointwise",
         dtype=None,
@@ -124,3 +131,17 @@ def test_compiles_without_graph_break(case, dynamic):
     torch.testing.assert_close(
         torch.autograd.grad(actual[0], leaves, grad_y), torch.autograd.grad(wanted[0], leaves, grad_y)
     )
+
+
+@pytest.mark.parametrize("case", ["basic, strided", "preactivation"])
+def test_flops_are_counted(case):
+    """Of convolutions, forward and backward: a multiply-add is two, and backward has two convolutions for each."""
+    inputs = make(CASES[case], torch.float32)
+    places = {"basic, strided": 4 * 3, "preactivation": 7 * 5}[case]
+    weights = [leaf for name, leaf in inputs.leaves.items() if name.startswith("convolution")]
+    forward = sum(2 * inputs.x.shape[0] * places * weight.numel() for weight in weights)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = run(inputs)
+        assert counter.get_total_flops() == forward
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * forward

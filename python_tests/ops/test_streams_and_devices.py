@@ -206,13 +206,10 @@ def test_cuda_norm(driver):
 
         return launch
 
-    module = SimpleNamespace(
-        build_info=build_info,
-        ghost_batch_norm_fwd_cuda=kernel("forward"),
-        ghost_batch_norm_bwd_cuda=kernel("backward"),
-        ghost_batch_norm_workspace_cuda=lambda shape: 100,
+    prepared = SimpleNamespace(
+        forward_cuda=kernel("forward"), backward_cuda=kernel("backward"), workspace_cuda=lambda: 100
     )
-    backend = CudaNorm(module)
+    backend = CudaNorm(SimpleNamespace(build_info=build_info, GhostBatchNorm=lambda *_: prepared))
     forward, backward = norm_inputs()
     driver.streams[DEVICE] = 0x3000
     with no_waiting():
@@ -220,7 +217,7 @@ def test_cuda_norm(driver):
         backend.backward(*backward)
     assert driver.launches == [("forward", DEVICE, 0x3000), ("backward", DEVICE, 0x3000)]
     assert driver.device == CALLERS_DEVICE
-    assert all(scratch)
+    assert [memory.numel() for memory in scratch] == [100, 100]
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -249,13 +246,15 @@ def test_triton_norm(driver, monkeypatch, relu):
 def test_the_launches_of_a_repeated_step_are_the_same(driver):
     """What a replayed graph relies on: sizes alone decide what is launched, with which parameters."""
     calls = []
-    module = SimpleNamespace(
-        build_info=build_info,
-        ghost_batch_norm_fwd_cuda=lambda *arguments: calls.append(arguments),
-        ghost_batch_norm_bwd_cuda=None,
-        ghost_batch_norm_workspace_cuda=lambda shape: 100,
-    )
-    backend = CudaNorm(module)
+
+    def prepare(*description):
+        def launch(*arguments):
+            addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+            calls.append((*description, *addresses))
+
+        return SimpleNamespace(forward_cuda=launch, workspace_cuda=lambda: 100)
+
+    backend = CudaNorm(SimpleNamespace(build_info=build_info, GhostBatchNorm=prepare))
     forward, _ = norm_inputs()
     for scale in (1.0, float("nan")):
         forward[1].mul_(scale)

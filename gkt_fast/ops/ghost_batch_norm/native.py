@@ -1,9 +1,10 @@
-"""Hands `ghost_batch_norm` to its C++ and CUDA kernels: addresses, strides, scratch memory."""
+"""Hands `ghost_batch_norm` to its C++ and CUDA kernels: strides once for each problem, then tensors."""
 
 from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,164 +14,105 @@ from .problem import Problem, strides_of
 
 __all__ = ["CppBackend", "CudaBackend"]
 
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _activation(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int, int]:
-    """Address and strides of batch, channel and position."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    return tensor.data_ptr(), *strides_of(tensor, problem)
-
-
-def _activations(problem: Problem, *tensors: Tensor | None) -> list[tuple[int, int, int, int]]:
-    """`_activation` of each; mostly all have the strides of the first."""
-    first, found = tensors[0].stride(), strides_of(tensors[0], problem)
-    return [
-        (tensor.data_ptr(), *found)
-        if tensor is not None and tensor.stride() == first
-        else _activation(tensor, problem)
-        for tensor in tensors
-    ]
-
-
-@functools.lru_cache(maxsize=4096)
-def _native_shape(problem: Problem) -> tuple[int, ...]:
-    return DTYPES[problem.dtype], problem.channels_last, *problem.sizes, problem.lead_rows
+_ABSENT = (0, 0, 0)
+"""The strides of an activation that isn't given."""
 
 
 class _NativeBackend:
-    """Hands addresses to a pair of native functions.
+    """Keeps what the native module knows of each problem.
 
     Args:
-        forward: e.g. `ghost_batch_norm_fwd_cpu` of the native module.
-        backward: the same for the backward pass.
-        where: gives the last argument, the number of threads or the stream, for x.
-        workspace: number of elements of scratch memory for a shape; None where the functions need none.
+        native: the native module.
     """
 
-    def __init__(self, forward, backward, where, workspace=None) -> None:
-        self._forward, self._backward, self._where, self._workspace = forward, backward, where, workspace
+    def __init__(self, native: ModuleType) -> None:
+        keep = functools.lru_cache(maxsize=4096)
+        self._prepare = keep(functools.partial(_prepare, native))
+        self._prepare_alike = keep(lambda problem: _prepare(native, problem, *[problem.strides] * 6))
 
-    def _scratch(self, problem: Problem, statistics: Tensor) -> Tensor | None:
-        return (
-            None if self._workspace is None else statistics.new_empty(self._workspace(_native_shape(problem)))
-        )
+    def _for_forward(self, problem: Problem, x: Tensor, residual: Tensor | None, y: Tensor) -> Any:
+        """The problem as the native module holds it."""
+        if problem.strides is not None:
+            return self._prepare_alike(problem)
+        own, *others = (_strides(tensor, problem) for tensor in (x, residual, y))
+        return self._prepare(problem, own, *others, own, own, own)
 
-    def forward(
-        self,
-        problem: Problem,
-        x,
-        residual,
-        weight,
-        bias,
-        keep,
-        y,
-        statistics,
-        mask,
-        running_mean=None,
-        running_var=None,
-    ) -> None:
-        weight, bias, keep = _dense(weight), _dense(bias), _dense(keep)
-        scratch = self._scratch(problem, statistics)
-        at_x, at_residual, at_y = _activations(problem, x, residual, y)
-        self._forward(
-            _native_shape(problem),
-            problem.eps,
-            problem.relu,
-            problem.use_running,
-            at_x,
-            at_residual,
-            _address(weight),
-            _address(bias),
-            _address(keep),
-            at_y,
-            _address(statistics),
-            _address(mask),
-            _address(running_mean),
-            _address(running_var),
-            problem.momentum or 0.0,
-            _address(scratch),
-            self._where(x),
-        )
+    def _for_backward(
+        self, problem: Problem, grad_y: Tensor, x: Tensor, grad_x: Tensor, grad_residual: Tensor | None
+    ) -> Any:
+        """The same for a backward pass."""
+        if problem.strides is not None:
+            return self._prepare_alike(problem)
+        own, *others = (_strides(tensor, problem) for tensor in (x, grad_y, grad_x, grad_residual))
+        return self._prepare(problem, own, own, own, *others)
 
-    def backward(
-        self,
-        problem: Problem,
-        grad_y,
-        x,
-        weight,
-        statistics,
-        mask,
-        keep,
-        grad_x,
-        grad_residual,
-        grad_weight,
-        grad_bias,
-    ) -> None:
-        statistics = statistics.contiguous()
-        weight, keep = _dense(weight), _dense(keep)
-        scratch = self._scratch(problem, statistics)
-        at_x, at_grad_y, at_grad_x, at_grad_residual = _activations(problem, x, grad_y, grad_x, grad_residual)
-        self._backward(
-            _native_shape(problem),
-            problem.eps,
-            problem.relu,
-            problem.use_running,
-            at_grad_y,
-            at_x,
-            _address(weight),
-            _address(statistics),
-            _address(mask),
-            _address(keep),
-            at_grad_x,
-            at_grad_residual,
-            _address(grad_weight),
-            _address(grad_bias),
-            _address(scratch),
-            self._where(x),
-        )
+
+def _prepare(native: ModuleType, problem: Problem, *strides: tuple[int, int, int]) -> Any:
+    """With the strides of x, residual, y, grad_y, grad_x and grad_residual."""
+    shape = DTYPES[problem.dtype], problem.channels_last, *problem.sizes, problem.lead_rows
+    options = problem.eps, problem.relu, problem.use_running, problem.momentum or 0.0
+    return native.GhostBatchNorm(shape, *options, *strides)
+
+
+def _strides(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int]:
+    return _ABSENT if tensor is None else strides_of(tensor, problem)
 
 
 class CppBackend(_NativeBackend):
     """The C++ kernels of a native module."""
 
-    def __init__(self, native: ModuleType) -> None:
-        super().__init__(
-            native.ghost_batch_norm_fwd_cpu,
-            native.ghost_batch_norm_bwd_cpu,
-            lambda x: torch.get_num_threads(),
-        )
+    def forward(
+        self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask,
+        running_mean=None, running_var=None,
+    ) -> None:  # fmt: skip
+        self._for_forward(problem, x, residual, y).forward_cpu(
+            x, residual, weight, bias, keep, y, statistics, mask, running_mean, running_var,
+            None, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def backward(
+        self, problem: Problem, grad_y, x, weight, statistics, mask, keep,
+        grad_x, grad_residual, grad_weight, grad_bias,
+    ) -> None:  # fmt: skip
+        self._for_backward(problem, grad_y, x, grad_x, grad_residual).backward_cpu(
+            grad_y, x, weight, statistics, mask, keep, grad_x, grad_residual, grad_weight, grad_bias,
+            None, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 class CudaBackend(_NativeBackend):
     """The CUDA kernels of a native module, on torch's current stream."""
 
     def __init__(self, native: ModuleType) -> None:
-        super().__init__(
-            native.ghost_batch_norm_fwd_cuda,
-            native.ghost_batch_norm_bwd_cuda,
-            cuda_stream,
-            native.ghost_batch_norm_workspace_cuda,
-        )
+        super().__init__(native)
         self._architectures = str(native.build_info()["cuda_architectures"])
+
+    def forward(
+        self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask,
+        running_mean=None, running_var=None,
+    ) -> None:  # fmt: skip
+        self._check_device(x)
+        prepared = self._for_forward(problem, x, residual, y)
+        with torch.cuda.device_of(x):
+            scratch = statistics.new_empty(prepared.workspace_cuda())
+            prepared.forward_cuda(
+                x, residual, weight, bias, keep, y, statistics, mask, running_mean, running_var,
+                scratch, cuda_stream(x),
+            )  # fmt: skip
+
+    def backward(
+        self, problem: Problem, grad_y, x, weight, statistics, mask, keep,
+        grad_x, grad_residual, grad_weight, grad_bias,
+    ) -> None:  # fmt: skip
+        self._check_device(x)
+        prepared = self._for_backward(problem, grad_y, x, grad_x, grad_residual)
+        with torch.cuda.device_of(x):
+            scratch = statistics.new_empty(prepared.workspace_cuda())
+            prepared.backward_cuda(
+                grad_y, x, weight, statistics, mask, keep, grad_x, grad_residual, grad_weight, grad_bias,
+                scratch, cuda_stream(x),
+            )  # fmt: skip
 
     def _check_device(self, tensor: Tensor) -> None:
         if tensor.is_cuda:  # CUDA on the host takes CPU tensors
             check_capability(self._architectures, tensor.device.index)
-
-    def forward(self, problem: Problem, x: Tensor, *tensors: Tensor | None) -> None:
-        self._check_device(x)
-        with torch.cuda.device_of(x):
-            super().forward(problem, x, *tensors)
-
-    def backward(self, problem: Problem, grad_y: Tensor, *tensors: Tensor | None) -> None:
-        self._check_device(grad_y)
-        with torch.cuda.device_of(grad_y):
-            super().backward(problem, grad_y, *tensors)

@@ -14,9 +14,6 @@ mean, var (m, C); keep (m,). The first ghost batch may have another number of ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -27,13 +24,13 @@ from ..native import native_cuda_module, native_module
 from ..registry import Implementation, register, run
 from .checks import check_arguments
 from .native import CppBackend, CudaBackend
-from .problem import describe, gradient_outputs, outputs, readable, readable_as
+from .passes import FAKE_PASSES, PassesOn
 from .reference import TorchBackend
 from .triton import DEVICES as TRITON_DEVICES
 from .triton import DTYPES as TRITON_DTYPES
 from .triton import TritonBackend
 
-__all__ = ["FAKE_PASSES", "PASSES", "Passes", "ghost_batch_norm"]
+__all__ = ["ghost_batch_norm"]
 
 NAME = "ghost_batch_norm"
 
@@ -129,50 +126,8 @@ def ghost_batch_norm(
     return y, statistics[0], statistics[2]
 
 
-def _forward(
-    x,
-    weight,
-    bias,
-    residual,
-    keep,
-    running_mean,
-    running_var,
-    ghosts,
-    relu,
-    eps,
-    lead_rows=None,
-    momentum=None,
-):
-    """Normalises with the running statistics; with a momentum, which asks for one ghost batch, updates them instead."""
-    x, channels_last = readable(x)
-    y, statistics, mask = outputs(x, channels_last, ghosts, relu)
-    use_running = running_mean is not None and momentum is None
-    if use_running:
-        statistics[0] = running_mean
-        statistics[1] = 0
-        statistics[2] = running_var
-    if x.numel() == 0:
-        return y, statistics if use_running else statistics.zero_(), mask
-    if residual is not None:
-        residual = readable_as(residual, channels_last)
-    problem = describe(x, channels_last, ghosts, relu, eps, use_running, lead_rows, momentum)
-    tensors = x, residual, weight, bias, keep, y, statistics, mask
-    if momentum is None:
-        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors))
-    else:
-        dense = running_mean.contiguous(), running_var.contiguous()
-        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors, *dense))
-        _written((running_mean, running_var), dense)
-    return y, statistics, mask
-
-
-def _written(running, dense):
-    """What a kernel wrote reaches the running statistics, and autograd is told."""
-    for own, copy in zip(running, dense, strict=True):
-        if own is not copy:
-            own.copy_(copy)
-        elif not own.is_inference():
-            torch.autograd.graph.increment_version(own)
+def _forward(x, *arguments):
+    return run(NAME, x.device, x.dtype, lambda backend: PassesOn(backend).forward(x, *arguments))
 
 
 def _tracking_forward(x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps):
@@ -180,50 +135,24 @@ def _tracking_forward(x, weight, bias, residual, keep, running_mean, running_var
 
 
 def _fake_tracking_forward(x, weight, bias, residual, keep, running_mean, running_var, momentum, relu, eps):
-    return outputs(*readable(x), 1, relu)
+    return FAKE_PASSES.forward(x, weight, bias, residual, keep, running_mean, running_var, 1, relu, eps)
 
 
-def _fake_forward(
-    x, weight, bias, residual, keep, running_mean, running_var, ghosts, relu, eps, lead_rows=None
-):
-    return outputs(*readable(x), ghosts, relu)
+def _backward(grad_y, x, *arguments):
+    def on(backend):
+        return PassesOn(backend).backward(grad_y, x, *arguments)
+
+    return _present(run(NAME, x.device, x.dtype, on))
 
 
-def _reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows):
-    """y without residual, and the ReLU's mask, from the statistics (3, m, C) of an earlier forward pass."""
-    x, channels_last = readable(x)
-    y, _, mask = outputs(x, channels_last, ghosts, relu)
-    if x.numel():
-        problem = describe(x, channels_last, ghosts, relu, eps, True, lead_rows)
-        tensors = x, None, weight, bias, None, y, statistics.contiguous(), mask
-        run(NAME, x.device, x.dtype, lambda backend: backend.forward(problem, *tensors))
-    return y, mask
+def _fake_backward(*arguments):
+    return _present(FAKE_PASSES.backward(*arguments))
 
 
-def _fake_reapply(x, weight, bias, statistics, ghosts, relu, eps, lead_rows):
-    y, _, mask = outputs(*readable(x), ghosts, relu)
-    return y, mask
-
-
-def _backward(
-    grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows=None
-):
-    x, channels_last = readable(x)
-    gradients = grad_x, grad_residual, grad_weight, grad_bias = gradient_outputs(x, statistics, residual)
-    if x.numel() == 0:
-        grad_weight.zero_(), grad_bias.zero_()
-        return gradients
-    problem = describe(x, channels_last, ghosts, relu, eps, use_running, lead_rows)
-    saved = readable_as(grad_y, channels_last), x, weight, statistics, mask, keep
-    filled = grad_x, grad_residual if residual else None, grad_weight, grad_bias
-    run(NAME, x.device, x.dtype, lambda backend: backend.backward(problem, *saved, *filled))
-    return gradients
-
-
-def _fake_backward(
-    grad_y, x, weight, statistics, mask, keep, ghosts, relu, eps, use_running, residual, lead_rows=None
-):
-    return gradient_outputs(readable(x)[0], statistics, residual)
+def _present(gradients):
+    """As results of a torch op, which are tensors: an empty one for none."""
+    grad_x, grad_residual, *of_parameters = gradients
+    return grad_x, grad_x.new_empty(0) if grad_residual is None else grad_residual, *of_parameters
 
 
 def _save(ctx, x, weight, keep, results, options, lead_rows):
@@ -295,24 +224,6 @@ class _DifferentiatedTracking(Function):
         return *_gradients(ctx, grad_y), *(None,) * 6
 
 
-class Passes(NamedTuple):
-    """The op's passes without its derivative, for ops that consist of it.
-
-    Args:
-        forward: arguments and results of the op.
-        backward: of its `_backward`.
-        reapply: y and mask of given statistics.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    reapply: Callable[..., tuple[Tensor, Tensor]]
-
-
-PASSES = Passes(_forward, _backward, _reapply)
-FAKE_PASSES = Passes(_fake_forward, _fake_backward, _fake_reapply)
-
-
 for _implementation in (
     Implementation(NAME, "cpp", ("cpu",), FLOAT_DTYPES, lambda: CppBackend(native_module())),
     Implementation(NAME, "cuda", ("cuda",), FLOAT_DTYPES, lambda: CudaBackend(native_cuda_module())),
@@ -326,7 +237,7 @@ _op = library.define(
     "Tensor? running_mean, Tensor? running_var, int ghosts, bool relu, float eps, SymInt? lead_rows=None) "
     "-> (Tensor y, Tensor statistics, Tensor mask)",
     _forward,
-    _fake_forward,
+    FAKE_PASSES.forward,
 )
 _backward_op = library.define(
     f"{NAME}_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor statistics, Tensor mask, "

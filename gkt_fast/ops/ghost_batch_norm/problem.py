@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     eps: float
     use_running: bool
     momentum: float | None = None  # of the running statistics that are updated; None: none are
+    strides: tuple[int, int, int] | None = None  # `strides_of` every activation; None: each has its own
 
 
 class Part(NamedTuple):
@@ -192,12 +193,8 @@ def outputs(x: Tensor, channels_last: bool, ghosts: int, relu: bool) -> tuple[Te
 
 def gradient_outputs(
     x: Tensor, statistics: Tensor, with_residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the gradients of x, residual (empty without one), weight and bias."""
-    grad_weight, grad_bias = statistics.new_empty((2, x.shape[1])).unbind()
-    return (
-        torch.empty_like(x),
-        torch.empty_like(x) if with_residual else x.new_empty(0),
-        grad_weight,
-        grad_bias,
-    )
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Memory for the gradients of x, residual (None without one), weight and bias."""
+    channels = x.shape[1]
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if with_residual else None
+    return grad_x, grad_residual, statistics.new_empty(channels), statistics.new_empty(channels)

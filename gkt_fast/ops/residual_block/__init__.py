@@ -2,10 +2,11 @@
 
 from .checks import check_recompute
 from .op import autocast_dtype, residual_block, run_plain_residual_block
-from .problem import Convolution, Geometry, Norm, Problem
+from .problem import SLOTS, Convolution, Geometry, Norm, Problem
 from .reference import residual_block_reference
 
 __all__ = [
+    "SLOTS",
     "Convolution",
     "Geometry",
     "Norm",

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import library
-from ..ghost_batch_norm.op import FAKE_PASSES
 from ..ghost_batch_norm.op import NAME as NORM
+from ..ghost_batch_norm.passes import FAKE_PASSES, PassesOn
 from ..registry import run
 from .checks import check_arguments
-from .norms import NormsOn
 from .passes import Saved, Updates, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
+from .reference import residual_block_reference
 
 __all__ = ["autocast_dtype", "residual_block", "run_plain_residual_block", "run_residual_block"]
 
@@ -51,7 +51,8 @@ def residual_block(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """A residual block: convolutions with their batch norms and ReLUs, plus the shortcut.
 
-    Under autocast convolutions run in its dtype. Backward needs no autocast.
+    Under autocast convolutions run in its dtype. Backward needs no autocast. Under torch's FLOP counter it runs as
+    `residual_block_reference`, so that convolutions are counted, forward and backward.
 
     Args:
         x: (m*B, C, height, width), in any memory format; float32, float64, bfloat16 or float16.
@@ -80,6 +81,11 @@ def residual_block(
         RuntimeError: its gradient is differentiated; that of `residual_block_reference` can be. Or channels don't fit.
     """
     check_arguments(x, convolutions, norms, shortcut, skip, preactivation, recompute)
+    if library.counts_flops():
+        return residual_block_reference(
+            x, convolutions, norms, ghosts=ghosts, lead_rows=lead_rows, shortcut=shortcut,
+            skip=skip, keep=keep, preactivation=preactivation,
+        )  # fmt: skip
     layers = [*convolutions] if shortcut is None else [*convolutions, shortcut[0]]
     of_layers = [*norms] if shortcut is None else [*norms, shortcut[1]]
     problem = describe(
@@ -130,15 +136,15 @@ def run_plain_residual_block(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which convolutions of x run under autocast; None: in that of x."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype is torch.float64 or not torch._C._is_any_autocast_enabled():  # on any device
         return None
-    return torch.get_autocast_dtype(device)
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _run_forward(problem, x, skip, keep, parameters, updates=None):
     def on(backend):
-        return forward(NormsOn(backend), problem, x, skip, keep, parameters, updates)
+        return forward(PassesOn(backend), problem, x, skip, keep, parameters, updates)
 
     with library.below_everything():
         y, statistics, saved = run(NORM, x.device, problem.dtype or x.dtype, on)
@@ -150,7 +156,7 @@ def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved,
 
     def on(backend):
         return backward(
-            NormsOn(backend), problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
+            PassesOn(backend), problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
         )
 
     with library.below_everything():

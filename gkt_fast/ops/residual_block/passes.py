@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulation_dtype
-from ..ghost_batch_norm.op import Passes
-from .problem import SLOTS, Geometry, Problem
+from ..ghost_batch_norm.passes import Passes
+from .problem import SLOTS, Problem
 
 __all__ = ["Saved", "backward", "forward"]
 
 Tensors = Sequence["Tensor | None"]
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class Saved(NamedTuple):
@@ -280,7 +281,7 @@ class _Backward:
         if i not in self._recomputed:
             problem = self.problem
             x = self._before_norm(i)
-            weight, bias = _of_norm(x, self.parameters, i)
+            weight, bias = self.parameters[SLOTS * i + 2 : SLOTS * i + 4]
             self._recomputed[i] = self.passes.reapply(
                 x, weight, bias, self.statistics[i], problem.ghosts, True, problem.eps[i], problem.lead_rows
             )
@@ -291,14 +292,11 @@ class _Backward:
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of what norm i read and of what was added; those of its parameters are put down."""
         problem, x, place = self.problem, self._before_norm(i), SLOTS * i + 2
-        weight = self.parameters[place]
-        if weight is not None:
-            weight = _cast(weight, accumulation_dtype(x.dtype))
         frozen, relu = self.parameters[place + 2] is not None, mask is not None
         if mask is None:
             mask = x.new_empty(0, dtype=torch.uint8)
         gradient, added, grad_weight, grad_bias = self.passes.backward(
-            _cast(grad_y, x.dtype), x, weight, self.statistics[i], mask, keep,
+            _cast(grad_y, x.dtype), x, self.parameters[place], self.statistics[i], mask, keep,
             problem.ghosts, relu, problem.eps[i], frozen, residual, problem.lead_rows,
         )  # fmt: skip
         for j, value in ((place, grad_weight), (place + 1, grad_bias)):
@@ -314,7 +312,7 @@ class _Backward:
             return None
         x, weight, bias = _of_convolution(self.problem, x, self.parameters, i)
         stride, padding, dilation, groups = self.problem.convolutions[i]
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+        grad_x, grad_weight, grad_bias = _convolution_backward(
             grad_y, x, weight, None if bias is None else bias.shape, stride, padding, dilation,
             False, (0, 0), groups, (needs_x, needs_weight, needs_bias),
         )  # fmt: skip
@@ -326,24 +324,18 @@ class _Backward:
 
 
 def _convolve(problem: Problem, i: int, x: Tensor, parameters: Tensors) -> Tensor:
-    geometry: Geometry = problem.convolutions[i]
-    return torch.conv2d(*_of_convolution(problem, x, parameters, i), *geometry)
+    x, weight, bias = _of_convolution(problem, x, parameters, i)
+    stride, padding, dilation, groups = problem.convolutions[i]
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def _of_convolution(problem: Problem, x: Tensor, parameters: Tensors, i: int) -> Tensors:
     """Input, weight and bias in the dtype in which convolution i runs."""
-    weight, bias = parameters[SLOTS * i], parameters[SLOTS * i + 1]
+    weight, bias = parameters[SLOTS * i : SLOTS * i + 2]
     dtype = problem.dtype
     if dtype is None:
         return x, weight, bias
     return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
-
-
-def _of_norm(x: Tensor, parameters: Tensors, i: int) -> Tensors:
-    """Weight and bias of norm i in the dtype of its arithmetic."""
-    weight, bias = parameters[SLOTS * i + 2 : SLOTS * i + 4]
-    dtype = accumulation_dtype(x.dtype)
-    return _cast(weight, dtype), _cast(bias, dtype)
 
 
 def _normalize(
@@ -358,14 +350,14 @@ def _normalize(
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, statistics and mask of norm i."""
-    weight, bias = _of_norm(x, parameters, i)
-    update = updates[i]
-    mean, var = parameters[SLOTS * i + 4 : SLOTS * i + 6]
-    options = problem.ghosts, relu, problem.eps[i], problem.lead_rows
-    if update is None:
-        return passes.forward(x, weight, bias, residual, keep, mean, var, *options)
-    mean, var, momentum = update
-    results = passes.forward(x, weight, bias, residual, keep, mean, var, *options, momentum)
+    weight, bias, mean, var = parameters[SLOTS * i + 2 : SLOTS * i + 6]
+    momentum = None
+    if updates[i] is not None:
+        mean, var, momentum = updates[i]
+    results = passes.forward(
+        x, weight, bias, residual, keep, mean, var,
+        problem.ghosts, relu, problem.eps[i], problem.lead_rows, momentum,
+    )  # fmt: skip
     updates[i] = None
     return results
 
