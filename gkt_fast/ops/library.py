@@ -114,7 +114,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def counts_flops() -> bool:
     """Whether torch's FLOP counter listens, which knows torch's own ops alone."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
     modes = map(type, _get_current_dispatch_mode_stack())
     return any(mode.__name__.endswith("FlopCounterMode") for mode in modes)

@@ -136,10 +136,10 @@ def run_plain_residual_block(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which convolutions of x run under autocast; None: in that of x."""
-    if x.dtype is torch.float64 or not torch._C._is_any_autocast_enabled():  # on any device
-        return None
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _run_forward(problem, x, skip, keep, parameters, updates=None):
