@@ -146,6 +146,13 @@ def test_planted_mistakes_are_found(op, wrong, quantity):
     assert quantity in {check.quantity for check in checks if not check.passed}
 
 
+def test_a_block_is_checked_on_the_backends_of_its_norms():
+    planted = plant("ghost_batch_norm", wrong_norm, backend="cpp")
+    checks = [check for check in check_op(planted, CPU) if check.subject == "residual_block"]
+    assert {check.backend for check in checks} == {"cpp"}
+    assert not any(check.passed for check in checks if check.dtype in ("float64", "float32"))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_crash_is_a_failed_check(op):
     def make(working):
@@ -200,13 +207,16 @@ def test_triton_in_its_interpreter(monkeypatch):
     implementations = [_triton(op) for op in OPS]
     monkeypatch.setattr(op_checks, "LOSS_CASES", op_checks.LOSS_CASES[-2:-1])
     monkeypatch.setattr(op_checks, "NORM_CASES", op_checks.NORM_CASES[1:2])
+    monkeypatch.setattr(op_checks, "BLOCK_CASES", op_checks.BLOCK_CASES[2:3])
     for implementation in implementations:
         registry.register(implementation)
         reason = registry.reason_against(implementation.op, "triton", "cpu", torch.float32)
         if reason is not None:
             unavailable("triton", reason)
         checks = list(check_op(dataclasses.replace(implementation, dtypes=(torch.float32,)), CPU))
-        assert len(checks) == 1 and all(check.passed for check in checks)
+        subjects = [implementation.op]
+        subjects += ["residual_block"] if implementation.op == "ghost_batch_norm" else []
+        assert [check.subject for check in checks] == subjects and all(check.passed for check in checks)
 
 
 def _triton(op: str) -> registry.Implementation:
