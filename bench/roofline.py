@@ -8,7 +8,7 @@ mode are run on fake tensors, which have shapes but no elements, and every op's 
 each launch a latency, each load that a merge waits for another. Nothing here is measured: the times are PREDICTIONS.
 The lower end of a range ("predicted_ms", "plain_steps_from") is for kernels as good as the hardware, without reuse of a
 cache between ops, launched from a CUDA graph; the upper end for slower kernels (`SLACKS`) in an eager step, which takes
-at least as long as the host: "host_ms" of --host-csv where it lists the model and mode, else launching alone.
+at least as long as the host: as measured on a CPU where --host-csv lists the model and mode, else launching alone.
 
 In float32 matrix products and convolutions count as TF32; bfloat16 is autocast. Counts are means over steps with new
 subnets. Targets are soft, so that no op reads values. Left out are the optimizer, the same in every mode, and the few
@@ -52,10 +52,12 @@ NETWORKS = {
 
 
 def read_host(path: Path, model: str) -> dict[str, float]:
-    """Seconds of the host by mode."""
+    """Seconds of the host by mode, as bench/overhead.py --host writes them."""
     with path.open(newline="") as file:
         return {
-            row["mode"]: float(row["host_ms"]) / 1e3 for row in csv.DictReader(file) if row["model"] == model
+            row["step"]: float(row["median_ms"]) / 1e3
+            for row in csv.DictReader(file)
+            if row["model"] == model
         }
 
 
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--host-csv",
         type=Path,
-        help="measured times of the host: columns model, mode, host_ms; default: launches alone",
+        help="what bench/overhead.py --host measured; default: launches alone",
     )
     parser.add_argument("--csv", type=Path, default=RESULTS / "roofline.csv")
     args = parser.parse_args()
