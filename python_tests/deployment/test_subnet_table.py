@@ -286,7 +286,8 @@ def test_the_command_prints_writes_draws_and_exports(checkpoint, tmp_path, capsy
     assert main([str(a) for a in [*arguments, "--budget-flops", "2.7e6"]]) == 0
     (checkpoint / "args.yaml").write_text(yaml.safe_dump(written))
     out = capsys.readouterr().out
-    assert out.splitlines()[0] == f"cifar_resnet14, {checkpoint / 'best.pt'}, 1737 images"
+    begun = f"Evaluating the subnets of cifar_resnet14, {checkpoint / 'best.pt'}, on 1737 test images"
+    assert out.splitlines()[0] == begun
     shown = re.findall(r"^(\d-\d-\d) +([\d,]+) +([\d.]+) +([\d.]+) % +[\d.]+(  \*)?$", out, re.MULTILINE)
     assert {row[0] for row in shown} == {"2-2-2", "2-2-1", "1-2-2", "1-2-1"}
     assert [float(row[2]) for row in shown] == sorted((float(row[2]) for row in shown), reverse=True)
