@@ -105,7 +105,9 @@ class SavedMemory:
             """A saved tensor; counts as long as autograd keeps it. Tensors of one storage count once."""
 
             def __init__(self, tensor: torch.Tensor) -> None:
-                self.tensor = tensor.detach()  # with its history an op's own output would keep its graph forever
+                self.tensor = (
+                    tensor.detach()
+                )  # with its history an op's own output would keep its graph forever
                 memory._hold(tensor.untyped_storage())
 
             def __del__(self) -> None:

@@ -13,6 +13,8 @@ AT_MOST = {
     ("cifar_resnet56", "stacked"): 1.27,
     ("resnet50_64px", "plain+fused"): 0.87,
     ("resnet50_64px", "stacked"): 1.45,
+    ("resnet50_64px", "plain+fused, pointwise"): 0.45,
+    ("resnet50_64px", "stacked, pointwise"): 0.72,
 }
 
 
