@@ -182,7 +182,7 @@ class BlockPlan:
             preactivation,
             ghosts,
             lead_rows,
-            self._recompute is not False,
+            bool(self._recompute),
             self._recompute == "pointwise",
             autocast,
         )

@@ -201,7 +201,10 @@ def test_a_block_saves_less():
     plain = saved_bytes(model, x)
     kept, recomputed = copy.deepcopy(model), copy.deepcopy(model)
     fuse_blocks(kept, recompute=False), fuse_blocks(recomputed)
+    falsy = copy.deepcopy(model)
+    fuse_blocks(falsy, recompute=0)
     assert saved_bytes(recomputed, x) < 0.82 * plain
+    assert saved_bytes(falsy, x) == saved_bytes(kept, x)
     assert 0.98 * plain < saved_bytes(kept, x) < 1.1 * plain
 
 

@@ -95,7 +95,7 @@ def residual_block(
         preactivation=preactivation,
         ghosts=ghosts,
         lead_rows=lead_rows,
-        recompute=recompute is not False,
+        recompute=bool(recompute),
         pointwise=recompute == "pointwise",
         dtype=autocast_dtype(x),
     )
