@@ -9,7 +9,8 @@ namespace GKT_ISA {
 namespace {
 
 // One thread does all planes of a channel twice, the second time backwards through a cache that may
-// still hold them.
+// still hold them. Channels of few values go together: their coefficients take divisions and roots
+// that wait for one another.
 template <class T>
 class Planes {
   using A = typename ArithmeticOf<T>::type;
@@ -20,17 +21,26 @@ class Planes {
       : p(params),
         threads(threads),
         registers(params.positions / width),
-        rest(static_cast<int>(params.positions % width)) {}
+        rest(static_cast<int>(params.positions % width)),
+        together(at_most(
+            max_together,
+            at_least(1, values_together /
+                            at_least(1, at_least(p.lead_rows, p.ghost_rows) * p.positions)))) {}
 
   template <bool relu, bool has_residual>
   void forward() const {
     // Neighbours in memory one after the other, unless that gives one thread the long ghost batch.
     const bool equal = p.lead_rows == p.ghost_rows;
     parallel_for(p.ghosts * p.channels, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t g = equal ? i / p.channels : i % p.ghosts;
-        const int64_t c = equal ? i % p.channels : i / p.ghosts;
-        forward<relu, has_residual>(g, c);
+      for (int64_t first = begin; first < end; first += together) {
+        Group group;
+        group.count = static_cast<int>(at_most(together, end - first));
+        for (int k = 0; k < group.count; ++k) {
+          const int64_t i = first + k;
+          group.ghost[k] = equal ? i / p.channels : i % p.ghosts;
+          group.channel[k] = equal ? i % p.channels : i / p.ghosts;
+        }
+        forward<relu, has_residual>(group);
       }
     });
   }
@@ -38,10 +48,18 @@ class Planes {
   template <bool relu, bool has_residual>
   void backward() const {
     parallel_for(p.channels, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t c = begin; c < end; ++c) {
-        double weight = 0, bias = 0;
-        for (int64_t g = 0; g < p.ghosts; ++g) backward<relu, has_residual>(g, c, weight, bias);
-        save_gradient<A>(p, c, weight, bias);
+      for (int64_t first = begin; first < end; first += together) {
+        Group group;
+        group.count = static_cast<int>(at_most(together, end - first));
+        double weight[max_together] = {}, bias[max_together] = {};
+        for (int64_t g = 0; g < p.ghosts; ++g) {
+          for (int k = 0; k < group.count; ++k) {
+            group.ghost[k] = g;
+            group.channel[k] = first + k;
+          }
+          backward<relu, has_residual>(group, weight, bias);
+        }
+        for (int k = 0; k < group.count; ++k) save_gradient<A>(p, first + k, weight[k], bias[k]);
       }
     });
   }
@@ -50,68 +68,109 @@ class Planes {
   using One = Registers<A, 1>;
   static constexpr int64_t part_length = 4096;  // elements summed in A before they go to a double
 
+  // Channels of ghost batches that are done together.
+  static constexpr int64_t max_together = 16;
+  static constexpr int64_t values_together = 4096;  // that the first level of cache holds
+  struct Group {
+    int count;
+    int64_t ghost[max_together], channel[max_together];
+  };
+
   const Params& p;
   const int threads;
   const int64_t registers;  // whole ones in a plane
   const int rest;           // elements of a plane after them
+  const int64_t together;   // at most, in a group
+
+  // Of each of a group, the sums of two quantities.
+  struct Sums {
+    double first[max_together] = {}, second[max_together] = {};
+  };
 
   template <bool relu, bool has_residual>
-  void forward(int64_t g, int64_t c) const {
-    if (!p.use_running) statistics(g, c);
-    const Affine<A> affine(p, g, c);
-    const One mean = One::all(static_cast<A>(affine.mean));
-    const One scale = One::all(static_cast<A>(affine.scale()));
-    const One offset = One::all(static_cast<A>(affine.offset()));
-    const bool keep = kept(p, g);
-    each_plane(g, c, true,
-               [&](const Strip<T>& part, int64_t steps, int count) __attribute__((always_inline)) {
-                 if (!keep) return strip_copy<T, A, 1>(part, steps, count);
-                 strip_forward<T, A, 1, relu, has_residual>(part, steps, count, mean, scale,
-                                                            offset);
-               });
+  void forward(const Group& group) const {
+    if (!p.use_running) statistics(group);
+    double mean[max_together], scale[max_together], offset[max_together];
+    for (int k = 0; k < group.count; ++k) {
+      const Affine<A> affine(p, group.ghost[k], group.channel[k]);
+      mean[k] = affine.mean;
+      scale[k] = affine.scale();
+      offset[k] = affine.offset();
+    }
+    for (int k = 0; k < group.count; ++k) {
+      const One means = One::all(static_cast<A>(mean[k]));
+      const One scales = One::all(static_cast<A>(scale[k]));
+      const One offsets = One::all(static_cast<A>(offset[k]));
+      const bool keep = kept(p, group.ghost[k]);
+      each_plane(
+          group.ghost[k], group.channel[k], true,
+          [&](const Strip<T>& part, int64_t steps, int count) __attribute__((always_inline)) {
+            if (!keep) return strip_copy<T, A, 1>(part, steps, count);
+            strip_forward<T, A, 1, relu, has_residual>(part, steps, count, means, scales, offsets);
+          });
+    }
   }
 
   template <bool relu, bool has_residual>
-  void backward(int64_t g, int64_t c, double& grad_weight, double& grad_bias) const {
-    const Affine<A> affine(p, g, c);
-    const One mean = One::all(static_cast<A>(affine.mean));
-    const bool keep = kept(p, g);
-    double sum = 0, product = 0;
-    if (keep) {
-      sums(g, c, sum, product,
+  void backward(const Group& group, double* grad_weight, double* grad_bias) const {
+    const bool keep = kept(p, group.ghost[0]);  // that of all
+    Sums of;
+    for (int k = 0; keep && k < group.count; ++k) {
+      const One mean = One::all(
+          static_cast<const A*>(p.statistics)[group.ghost[k] * p.channels + group.channel[k]]);
+      sums(group.ghost[k], group.channel[k], of.first[k], of.second[k],
            [&](const Strip<T>& part, int64_t steps, int count, One& first, One& second)
                __attribute__((always_inline)) {
                  strip_backward_sums<T, A, 1, relu>(part, steps, count, mean, first, second);
                });
     }
-    const Gradient gradient(p, g, affine, sum, product);
-    if (keep) {
-      grad_weight += gradient.weight;
-      grad_bias += gradient.bias;
+    double mean[max_together], scale[max_together], slope[max_together], offset[max_together];
+    for (int k = 0; k < group.count; ++k) {
+      const Affine<A> affine(p, group.ghost[k], group.channel[k]);
+      const Gradient gradient(p, group.ghost[k], affine, of.first[k], of.second[k]);
+      mean[k] = affine.mean;
+      scale[k] = affine.scale();
+      slope[k] = gradient.slope;
+      offset[k] = gradient.offset;
+      if (keep) {
+        grad_weight[k] += gradient.weight;
+        grad_bias[k] += gradient.bias;
+      }
     }
     if (p.grad_x.data == nullptr && !has_residual) return;
-    const One scale = One::all(static_cast<A>(affine.scale()));
-    const One slope = One::all(static_cast<A>(gradient.slope));
-    const One offset = One::all(static_cast<A>(gradient.offset));
-    each_plane(g, c, true,
-               [&](const Strip<T>& part, int64_t steps, int count) __attribute__((always_inline)) {
-                 if (!keep) return strip_drop<T, A, 1, has_residual>(part, steps, count);
-                 strip_backward<T, A, 1, relu, has_residual>(part, steps, count, mean, scale, slope,
-                                                             offset);
-               });
+    for (int k = 0; k < group.count; ++k) {
+      const One means = One::all(static_cast<A>(mean[k]));
+      const One scales = One::all(static_cast<A>(scale[k]));
+      const One slopes = One::all(static_cast<A>(slope[k]));
+      const One offsets = One::all(static_cast<A>(offset[k]));
+      each_plane(group.ghost[k], group.channel[k], true,
+                 [&](const Strip<T>& part, int64_t steps, int count)
+                     __attribute__((always_inline)) {
+                       if (!keep) return strip_drop<T, A, 1, has_residual>(part, steps, count);
+                       strip_backward<T, A, 1, relu, has_residual>(part, steps, count, means,
+                                                                   scales, slopes, offsets);
+                     });
+    }
   }
 
-  void statistics(int64_t g, int64_t c) const {
-    const double n = values_of(p, g);
-    const A shift = first_shift(g, c);
-    const One shifts = One::all(shift);
-    double sum = 0, square = 0;
-    sums(g, c, sum, square,
-         [&](const Strip<T>& part, int64_t steps, int count, One& first, One& second)
-             __attribute__((always_inline)) {
-               strip_statistics<T, A, 1>(part, steps, count, shifts, first, second);
-             });
-    Affine<A>::save(p, g, c, static_cast<double>(shift) + sum / n, (square - sum * sum / n) / n);
+  void statistics(const Group& group) const {
+    Sums of;
+    double shift[max_together];
+    for (int k = 0; k < group.count; ++k) {
+      const A found = first_shift(group.ghost[k], group.channel[k]);
+      const One shifts = One::all(found);
+      shift[k] = static_cast<double>(found);
+      sums(group.ghost[k], group.channel[k], of.first[k], of.second[k],
+           [&](const Strip<T>& part, int64_t steps, int count, One& first, One& second)
+               __attribute__((always_inline)) {
+                 strip_statistics<T, A, 1>(part, steps, count, shifts, first, second);
+               });
+    }
+    for (int k = 0; k < group.count; ++k) {
+      const double n = values_of(p, group.ghost[k]), sum = of.first[k];
+      Affine<A>::save(p, group.ghost[k], group.channel[k], shift[k] + sum / n,
+                      (of.second[k] - sum * sum / n) / n);
+    }
   }
 
   // The mean of four values spread over the channel: near its mean, and exact for equal values.

@@ -78,11 +78,19 @@ GKT_INLINE Strip<T> moved(Strip<T> strip, int64_t elements) {
   return strip;
 }
 
+// The sum of all lanes in double, in pairs: lane after lane would wait for one addition after the
+// other.
 template <class V>
 GKT_INLINE double lane_sum(V v) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanesOf<V>; ++lane) sum += static_cast<double>(v[lane]);
-  return sum;
+  constexpr int half = kLanesOf<V> / 2;
+  const auto low = lanes_from<0, half>(v), high = lanes_from<half, half>(v);
+  using Doubles = typename VectorOf<double, half>::Type;
+  const Doubles sum =
+      __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
+  if constexpr (half == 1)
+    return sum[0];
+  else
+    return lane_sum(sum);
 }
 
 template <class T, class V>

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/half.h"
 
@@ -68,6 +69,17 @@ GKT_INLINE V swap_lanes(V v, int distance) {
 #else
   return __builtin_shuffle(v, lane_indices<V>() ^ distance);
 #endif
+}
+
+template <class V, int first, int... lanes>
+GKT_INLINE auto lanes_from(V v, std::integer_sequence<int, lanes...>) {
+  return __builtin_shufflevector(v, v, first + lanes...);
+}
+
+// `count` lanes, a power of two.
+template <int first, int count, class V>
+GKT_INLINE auto lanes_from(V v) {
+  return lanes_from<V, first>(v, std::make_integer_sequence<int, count>());
 }
 
 // Reductions leave the result in every lane.
@@ -167,10 +179,25 @@ GKT_INLINE void store(T* to, V v) {
 }
 
 // The first `count` lanes; beyond them memory is not touched and lanes are 0. A constant count
-// folds the branch away.
+// folds the branch away. A copy lane by lane would have the load wait until all of it is in memory.
 template <class V, class T>
 GKT_INLINE V load(const T* from, int count) {
   if (count >= kLanesOf<V>) return load<V>(from);
+#if defined(GKT_ISA_avx512)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 4)
+    return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from);
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 8)
+    return (V)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from);
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 2)
+    return widen<V>(
+        bit_cast<Halves<V>>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from)), T{});
+#elif defined(GKT_ISA_avx2)
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 4)
+    return (V)_mm256_maskload_ps(from, (__m256i)(lane_indices<V>() < count));
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 8)
+    return (V)_mm256_maskload_pd(from, (__m256i)(lane_indices<V>() < count));
+#endif
   T values[kLanesOf<V>] = {};
   for (int lane = 0; lane < count; ++lane) values[lane] = from[lane];
   return load<V>(values);
@@ -179,6 +206,17 @@ GKT_INLINE V load(const T* from, int count) {
 template <class T, class V>
 GKT_INLINE void store(T* to, V v, int count) {
   if (count >= kLanesOf<V>) return store(to, v);
+#if defined(GKT_ISA_avx512)  // AVX2 has such stores too, but some processors take very long for
+                             // them
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 4)
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), (__m512)v);
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 8)
+    return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), (__m512d)v);
+  if constexpr (sizeof(V) == kVectorBytes && sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes),
+                                    bit_cast<__m256i>(stored<T>(v)));
+#endif
   T values[kLanesOf<V>];
   store(values, v);
   for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
