@@ -1,16 +1,16 @@
-// The only file that knows Python: numbers and addresses in, GIL released, status -> exception.
+// What Python sees. Only the files bindings* know it: numbers, addresses and handles in, GIL
+// released, status -> exception.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 
+#include "bindings_common.h"
+#include "bindings_residual_block.h"
 #include "cpu/isa.h"
 #include "gkt_abi.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -26,32 +26,7 @@ py::dict build_info() {
   return info;
 }
 
-void check(int status) {
-  if (status == GKT_INVALID) throw py::value_error(gkt_last_error());
-  if (status == GKT_UNSUPPORTED) {
-    PyErr_SetString(PyExc_NotImplementedError, gkt_last_error());
-    throw py::error_already_set();
-  }
-  if (status != GKT_OK) throw std::runtime_error(gkt_last_error());
-}
-
-template <class Body>
-int without_gil(const Body& body) {
-  py::gil_scoped_release release;
-  return body();
-}
-
 int64_t item(const py::tuple& tuple, size_t index) { return tuple[index].cast<int64_t>(); }
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-int place(int threads) { return threads; }
-#ifdef GKT_WITH_CUDA
-void* place(uintptr_t stream) { return pointer(stream); }
-#endif
 
 // The address of a tensor's values; null for None. A tensor is whatever has data_ptr(), so that
 // nothing here is built against torch.
@@ -280,6 +255,16 @@ PYBIND11_MODULE(_native, module) {
 #endif
       .def("forward_cpu", &GhostBatchNorm::forward<gkt_ghost_batch_norm_fwd_cpu, int>)
       .def("backward_cpu", &GhostBatchNorm::backward<gkt_ghost_batch_norm_bwd_cpu, int>);
+  module.def("load_torch", &gkt::load_torch);
+  py::class_<ResidualBlock>(module, "ResidualBlock", py::module_local())
+      .def(py::init<const std::vector<int64_t>&, std::vector<double>, bool, int64_t,
+                    std::optional<int64_t>, bool, std::optional<int32_t>>())
+#ifdef GKT_WITH_CUDA
+      .def("forward_cuda", &ResidualBlock::forward<gkt::CudaLaunch, uintptr_t>)
+      .def("backward_cuda", &ResidualBlock::backward<gkt::CudaLaunch, uintptr_t>)
+#endif
+      .def("forward_cpu", &ResidualBlock::forward<gkt::CpuLaunch, int>)
+      .def("backward_cpu", &ResidualBlock::backward<gkt::CpuLaunch, int>);
   py::class_<gkt_group_knowledge_loss_params>(module, "GroupKnowledgeLossParams",
                                               py::module_local())
       .def(py::init(&group_knowledge_loss_params));

@@ -26,6 +26,7 @@ class _NativeBackend:
     """
 
     def __init__(self, native: ModuleType) -> None:
+        self.native = native
         keep = functools.lru_cache(maxsize=4096)
         self._prepare = keep(functools.partial(_prepare, native))
         self._prepare_alike = keep(lambda problem: _prepare(native, problem, *[problem.strides] * 6))
@@ -61,6 +62,10 @@ def _strides(tensor: Tensor | None, problem: Problem) -> tuple[int, int, int]:
 class CppBackend(_NativeBackend):
     """The C++ kernels of a native module."""
 
+    def call(self, prepared: Any, name: str, x: Tensor, *arguments: Any) -> Any:
+        """A method of what the native module has prepared for x, by these kernels."""
+        return getattr(prepared, f"{name}_cpu")(*arguments, torch.get_num_threads())
+
     def forward(
         self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask,
         running_mean=None, running_var=None,
@@ -86,6 +91,12 @@ class CudaBackend(_NativeBackend):
     def __init__(self, native: ModuleType) -> None:
         super().__init__(native)
         self._architectures = str(native.build_info()["cuda_architectures"])
+
+    def call(self, prepared: Any, name: str, x: Tensor, *arguments: Any) -> Any:
+        """As of `CppBackend`."""
+        self._check_device(x)
+        with torch.cuda.device_of(x):
+            return getattr(prepared, f"{name}_cuda")(*arguments, cuda_stream(x))
 
     def forward(
         self, problem: Problem, x, residual, weight, bias, keep, y, statistics, mask,

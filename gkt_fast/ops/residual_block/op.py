@@ -27,6 +27,7 @@ from ..ghost_batch_norm.op import NAME as NORM
 from ..ghost_batch_norm.passes import FAKE_PASSES, PassesOn
 from ..registry import run
 from .checks import check_arguments
+from .native import native_backward, native_forward
 from .passes import Saved, Updates, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
 from .reference import residual_block_reference
@@ -143,21 +144,28 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _run_forward(problem, x, skip, keep, parameters, updates=None):
+    """y, statistics, and what backward needs."""
+
     def on(backend):
-        return forward(PassesOn(backend), problem, x, skip, keep, parameters, updates)
+        found = native_forward(backend, problem, x, skip, keep, parameters, updates)
+        if found is None:
+            y, statistics, saved = forward(PassesOn(backend), problem, x, skip, keep, parameters, updates)
+            found = y, statistics, saved.flatten()
+        return found
 
     with library.below_everything():
-        y, statistics, saved = run(NORM, x.device, problem.dtype or x.dtype, on)
-    return y, statistics, saved.flatten()
+        return run(NORM, x.device, problem.dtype or x.dtype, on)
 
 
 def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved, needs):
-    saved = Saved.unflatten(problem, parameters, saved)
+    given = grad_y, x, skip, keep, parameters, statistics
 
     def on(backend):
-        return backward(
-            PassesOn(backend), problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
-        )
+        gradients = native_backward(backend, problem, *given, saved, needs)
+        if gradients is None:
+            parts = Saved.unflatten(problem, parameters, saved)
+            gradients = backward(PassesOn(backend), problem, *given, parts, needs)
+        return gradients
 
     with library.below_everything():
         return run(NORM, x.device, problem.dtype or x.dtype, on)
