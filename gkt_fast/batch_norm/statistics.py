@@ -8,9 +8,8 @@ during backward (activation checkpointing) never updates them again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -133,31 +132,41 @@ def record_statistics(model: nn.Module, layers: Iterable[_NormBase]) -> Iterator
 @torch.no_grad()
 def update_running_statistics(updates: Iterable[BatchStatistics]) -> None:
     """Applies the updates in order: r <- (1 - momentum) r + momentum * statistic; momentum None averages all."""
-    for _, batch in groupby(_rounds(updates), key=lambda item: item[0]):
+    for batch in _rounds(list(updates)):
         by_momentum: dict[float | None, list[BatchStatistics]] = {}
-        for _, statistics in batch:
-            by_momentum.setdefault(statistics.layer.momentum, []).append(statistics)
+        for update in batch:
+            by_momentum.setdefault(update.layer.momentum, []).append(update)
         for momentum, group in by_momentum.items():
             _update_together(momentum, group)
 
 
-def _rounds(updates: Iterable[BatchStatistics]) -> list[tuple[int, BatchStatistics]]:
-    """The updates with the number of earlier updates of their layer: those of one number can go together."""
-    seen: Counter[_NormBase] = Counter()
-    numbered = []
+def _rounds(updates: list[BatchStatistics]) -> list[list[BatchStatistics]]:
+    """The updates in order; those of one round are of distinct layers and can go together."""
+    if len({id(update.layer) for update in updates}) == len(updates):
+        return [updates]
+    seen: Counter[int] = Counter()
+    rounds: list[list[BatchStatistics]] = []
     for update in updates:
-        numbered.append((seen[update.layer], update))
-        seen[update.layer] += 1
-    return sorted(numbered, key=lambda item: item[0])
+        number = seen[id(update.layer)]
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(update)
+        seen[id(update.layer)] += 1
+    return rounds
 
 
 def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> None:
     """Updates distinct layers, in few kernel launches."""
-    counters = [u.layer.num_batches_tracked for u in updates if isinstance(u.layer, _BatchNorm)]
+    buffers = [u.layer._buffers for u in updates]  # as attributes they take longer, in every step
+    counters = [
+        b["num_batches_tracked"]
+        for u, b in zip(updates, buffers, strict=True)
+        if isinstance(u.layer, _BatchNorm)
+    ]
     if counters:
         torch._foreach_add_(counters, 1)
     if momentum is not None:
-        running = [r for u in updates for r in (u.layer.running_mean, u.layer.running_var)]
+        running = [r for b in buffers for r in (b["running_mean"], b["running_var"])]
         statistics = [s for u in updates for s in (u.mean, u.variance)]
         statistics = [
             s if s.dtype is r.dtype else s.to(r.dtype) for s, r in zip(statistics, running, strict=True)
@@ -196,13 +205,33 @@ class StreamStatistics:
             for stream in members
             if stream == 0 or self._all_update
         ]
-        if not seen:
-            return
-        seen.sort(key=lambda update: update[0])
-        means, biased = zip(*[report.of_ghost(ghost) for _, report, ghost in seen], strict=True)
-        variances = torch._foreach_mul(biased, [report.correction(ghost) for _, report, ghost in seen])
-        layers = [report.layer for _, report, _ in seen]
-        update_running_statistics(map(BatchStatistics, layers, means, variances))
+        if self._all_update:
+            seen.sort(key=lambda update: update[0])
+        update_running_statistics(_batch_statistics([(report, ghost) for _, report, ghost in seen]))
+
+
+def _batch_statistics(seen: Sequence[tuple[Report, int]]) -> list[BatchStatistics]:
+    """Those of ghost batches, in few kernel launches where reports have one form."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, (report, ghost) in enumerate(seen):
+        _, statistics, values = report
+        form: Hashable = i
+        if isinstance(statistics, Tensor):
+            form = statistics.shape, statistics.dtype, statistics.device, values, ghost
+        alike.setdefault(form, []).append(i)
+    found: list[BatchStatistics | None] = [None] * len(seen)
+    for places in alike.values():
+        report, ghost = seen[places[0]]
+        if len(places) == 1:
+            mean, biased = report.of_ghost(ghost)
+            means, variances = [mean], [biased * report.correction(ghost)]
+        else:
+            statistics = torch.stack([seen[i][0].statistics for i in places])
+            means = statistics[:, 0, ghost].unbind()
+            variances = (statistics[:, -1, ghost] * report.correction(ghost)).unbind()
+        for i, mean, variance in zip(places, means, variances, strict=True):
+            found[i] = BatchStatistics(seen[i][0].layer, mean, variance)
+    return found
 
 
 def _freeze(layers: Iterable[_NormBase]) -> list[_NormBase]:

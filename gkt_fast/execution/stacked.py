@@ -50,6 +50,8 @@ from .stream_loss import step_loss
 
 __all__ = ["MODE", "run_stacked"]
 
+_NOTHING = nullcontext()
+
 
 def run_stacked(
     network: Network,
@@ -210,10 +212,10 @@ class _Stack:
         return y
 
     def _run(self, site: Site, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        noisy = self.plan.layers[self.position].draws_noise
+        detector = None if self.plan.layers[self.position].draws_noise else self._detector
         with (
             ghost_batches(len(self.stacked), self.statistics.receiver(self.stacked), self._rows),
-            forbid_draws(None if noisy else self._detector, site.path),
+            _NOTHING if detector is None else forbid_draws(detector, site.path),
         ):
             if self.position == 0 and not site.is_block:
                 return module(*args, **kwargs)
@@ -263,6 +265,8 @@ class _Stack:
         Before a layer that is no block (or at the end) all are stacked: the model may compute anything there. Streams
         that will draw noise of their own before the next block get a ghost batch each.
         """
+        if self._rows is None and self._stays_stacked():
+            return x
         rows = self._rows_of(x)
         if self._stays_stacked():
             return x

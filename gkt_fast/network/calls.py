@@ -42,10 +42,10 @@ def run_on_shared_input(
     writes = writes_input.get(path)
     if writes is not False:
         args, kwargs = _copy((args, kwargs))
-    inputs = leaves_of(args, kwargs)
-    before = _versions(inputs)
+    inputs = _versioned(leaves_of(args, kwargs))
+    before = [tensor._version for tensor in inputs]
     output = module(*args, **kwargs)
-    written = _versions(inputs) != before
+    written = [tensor._version for tensor in inputs] != before
     if writes is None:
         writes_input[path] = written
     elif written and not writes:
@@ -65,11 +65,11 @@ def leaves_of(args: tuple, kwargs: dict) -> list[Any]:
 
 def versions(values: Any) -> list[int]:
     """How often each tensor in nested tuples, lists and dicts was written to."""
-    return _versions(tree_leaves(values))
+    return [tensor._version for tensor in _versioned(tree_leaves(values))]
 
 
-def _versions(leaves: list[Any]) -> list[int]:
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+def _versioned(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _copy(values: Any) -> Any:

@@ -8,6 +8,7 @@ places has one stand-in for each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,12 +39,12 @@ class Site:
     path: str
     is_block: bool
 
-    @property
+    @functools.cached_property
     def parent(self) -> str:
         """Module path of the parent."""
         return self.path.rpartition(".")[0]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Name in the parent."""
         return self.path.rpartition(".")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Stage:
         """Number of blocks."""
         return len(self.blocks)
 
-    @property
+    @functools.cached_property
     def least_depth(self) -> int:
         """The smallest depth of an ordered subnet: blocks up to the last one that can't be dropped."""
         return max((i + 1 for i, droppable in enumerate(self.droppable) if not droppable), default=0)
@@ -83,7 +84,7 @@ class Subnet:
         """
         return depths if isinstance(depths, Subnet) else cls.ordered(depths, stages)
 
-    @property
+    @functools.cached_property
     def depths(self) -> tuple[int, ...]:
         """Number of blocks kept in each stage."""
         return tuple(sum(stage) for stage in self.keep)
