@@ -16,6 +16,7 @@ from .forms import Form, reason_against, run_layers, run_modules
 from .kinds import is_fusible_batch_norm, is_hooked
 from .layer import (
     Report,
+    count_batches,
     is_updated_by_the_op,
     report_statistics,
     surrounding_ghost_batches,
@@ -120,8 +121,7 @@ class BlockPlan:
         updates = self._updates(updated) if updated else None
         y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
         if updated:
-            counters = [self._norms[i]._buffers["num_batches_tracked"] for i in updated]
-            torch._foreach_add_([counter for counter in counters if counter is not None], 1)
+            count_batches(self._norms[i] for i in updated)
         if len(updated) < len(self._tracking):
             for i in self._tracking:
                 if i not in updated:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from .synchronized import group_of, synchronized_batch_norm
 __all__ = [
     "OnStatistics",
     "Report",
+    "count_batches",
     "ghost_batches",
     "is_updated_by_the_op",
     "report_statistics",
@@ -208,6 +209,14 @@ def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
         and mean.dtype == var.dtype == accumulation_dtype(dtype)
         and not (mean.requires_grad or var.requires_grad)
     )
+
+
+def count_batches(layers: Iterable[_BatchNorm]) -> None:
+    """Distinct layers have seen one more batch; those without a counter don't count."""
+    counters = [layer._buffers["num_batches_tracked"] for layer in layers]
+    counters = [counter for counter in counters if counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 def report_statistics(report: Report) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from .layer import OnStatistics, Report
+from .layer import OnStatistics, Report, count_batches
 
 __all__ = [
     "BatchStatistics",
@@ -158,13 +158,7 @@ def _rounds(updates: list[BatchStatistics]) -> list[list[BatchStatistics]]:
 def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> None:
     """Updates distinct layers, in few kernel launches."""
     buffers = [u.layer._buffers for u in updates]  # as attributes they take longer, in every step
-    counters = [
-        b["num_batches_tracked"]
-        for u, b in zip(updates, buffers, strict=True)
-        if isinstance(u.layer, _BatchNorm)
-    ]
-    if counters:
-        torch._foreach_add_(counters, 1)
+    count_batches(u.layer for u in updates if isinstance(u.layer, _BatchNorm))
     if momentum is not None:
         running = [r for b in buffers for r in (b["running_mean"], b["running_var"])]
         statistics = [s for u in updates for s in (u.mean, u.variance)]
@@ -174,6 +168,8 @@ def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> 
         torch._foreach_lerp_(running, statistics, momentum)
         return
     for u in updates:
+        if u.layer.num_batches_tracked is None:  # torch leaves the statistics alone, too
+            continue
         factor = 1.0 / u.layer.num_batches_tracked.to(u.mean.dtype)
         for r, s in ((u.layer.running_mean, u.mean), (u.layer.running_var, u.variance)):
             r.mul_(1.0 - factor).add_(s * factor)

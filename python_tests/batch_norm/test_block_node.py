@@ -275,3 +275,13 @@ def test_one_value_per_channel_is_refused_in_words():
     _, fused = pair(BasicBlock(8, 8))
     with pytest.raises(ValueError, match="one value per channel"):
         fused(torch.randn(1, 8, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_norms_that_count_no_batches(which):
+    block, fused = pair(bottleneck())
+    for module in (block, fused):
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms[: 1 if which == "one" else None]:
+            norm.num_batches_tracked = None
+    assert runs_as_one_node(same(block, fused, images()))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkt_fast.batch_norm.layer import ghost_batches, run_batch_norm
+from gkt_fast.batch_norm.statistics import BatchStatistics, update_running_statistics
 
 
 def layer(rank=2, channels=5, **options):
@@ -176,3 +177,16 @@ def test_running_statistics_in_another_dtype_than_the_kernels_are_updated_as_tor
     other(x.double())
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(layer, name), getattr(other, name), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_updates_of_layers_that_count_no_batches(momentum):
+    counting, silent = layer(momentum=momentum), layer(momentum=momentum)
+    silent.num_batches_tracked = None
+    mean, variance = torch.randn(5).double(), torch.rand(5).double()
+    update_running_statistics(BatchStatistics(norm, mean, variance) for norm in (counting, silent))
+    assert counting.num_batches_tracked == 1 and silent.num_batches_tracked is None
+    rate = 1.0 if momentum is None else momentum
+    torch.testing.assert_close(counting.running_mean, rate * mean)
+    # Without a counter there is no cumulative average: torch leaves the statistics alone.
+    torch.testing.assert_close(silent.running_mean, (0.0 if momentum is None else rate) * mean)
