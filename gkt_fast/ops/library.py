@@ -7,7 +7,7 @@ Autograd key a fifth of what `register_autograd` costs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = [
     "differentiate",
     "refuse_second_derivative",
     "runs_plain",
+    "save",
+    "saved",
 ]
 
 _LIBRARY = torch.library.Library("gkt_fast", "FRAGMENT")
@@ -110,6 +112,32 @@ def runs_plain(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, for a backward pass that goes by the memory layout of what it has saved.
+
+    Hooks on saved tensors may give them back in another one, as `save_on_cpu` with pinned memory does.
+    """
+    ctx.save_for_backward(*tensors)
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.strides = [t if t is None else t.stride() for t in tensors] if hooked else None
+
+
+def saved(ctx: Any) -> Sequence[Tensor | None]:
+    """What `save` has saved, in the layout that it had."""
+    if ctx.strides is None:
+        return ctx.saved_tensors
+    return [
+        tensor if tensor is None or tensor.stride() == stride else _laid_out(tensor, stride)
+        for tensor, stride in zip(ctx.saved_tensors, ctx.strides, strict=True)
+    ]
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A dense copy, its dimensions in the order of these strides."""
+    example = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="meta")
+    return torch.empty_like(example, device=tensor.device).copy_(tensor)
 
 
 def counts_flops() -> bool:

@@ -240,3 +240,20 @@ def test_bad_input(error, message, changes):
     arguments = {"x": X, "weight": WEIGHT, "bias": None, "ghosts": 2, **changes}
     with pytest.raises(error, match=message):
         ghost_batch_norm(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+def test_hooks_on_saved_tensors_that_change_layouts(backend, layout):
+    (x, weight, bias, residual), grad_y = leaves(6, 5, 4, 3, layout=layout)
+    other = torch.contiguous_format if layout == "channels_last" else torch.channels_last
+
+    def gradients():
+        y, _, _ = ghost_batch_norm(x, weight, bias, ghosts=2, residual=residual)
+        return torch.autograd.grad(y, (x, weight, bias, residual), grad_y)
+
+    def pack(tensor):
+        return tensor.contiguous(memory_format=other) if tensor.dim() == 4 else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = gradients()
+    torch.testing.assert_close(found, gradients())

@@ -159,7 +159,7 @@ def _save(ctx, x, weight, keep, results, options, lead_rows):
     y, statistics, mask = results
     ctx.mark_non_differentiable(statistics, mask)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, statistics, mask, keep)
+    library.save(ctx, x, weight, statistics, mask, keep)
     ctx.options, ctx.lead_rows = options, lead_rows
     return y, statistics, mask
 
@@ -168,7 +168,7 @@ def _gradients(ctx, grad_y):
     """Of x, weight, bias and residual."""
     if grad_y is None:
         return (None,) * 4
-    x, weight, statistics, mask, keep = ctx.saved_tensors
+    x, weight, statistics, mask, keep = library.saved(ctx)
     needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
     own_residual = needs_residual and ctx.options[1]  # without ReLU it is the gradient of y
     grad_x = grad_residual = grad_weight = grad_bias = None

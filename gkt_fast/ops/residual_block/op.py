@@ -208,7 +208,7 @@ class _Differentiated(Function):
             y, statistics, saved = _run_forward(problem, x, skip, keep, parameters, heard[1])
             heard[0].extend(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, skip, keep, *parameters, *statistics, *saved)
+        library.save(ctx, x, skip, keep, *parameters, *statistics, *saved)
         ctx.problem, ctx.plain = problem, heard is not None
         ctx.counts = len(parameters), len(statistics)
         return y if heard is not None else (y, *statistics, *saved)
@@ -219,7 +219,7 @@ class _Differentiated(Function):
         nothing = (None,) * (5 + count)
         if grad_y is None:
             return nothing
-        x, skip, keep, *tensors = ctx.saved_tensors
+        x, skip, keep, *tensors = library.saved(ctx)
         parameters, statistics, saved = (
             tensors[:count],
             tensors[count : count + norms],
