@@ -37,7 +37,11 @@ T* values(py::handle tensor) {
   const auto address =
       py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
   if (!address) throw py::error_already_set();
-  return static_cast<T*>(PyLong_AsVoidPtr(address.ptr()));
+  T* const found = static_cast<T*>(PyLong_AsVoidPtr(address.ptr()));
+  // A null address would read as an argument that isn't given.
+  if (found == nullptr && tensor.attr("numel")().cast<int64_t>() != 0)
+    throw py::value_error("a tensor has no memory to read or write");
+  return found;
 }
 
 // (dtype, channels_last, ghosts, rows of each but the first, channels, positions, rows of the

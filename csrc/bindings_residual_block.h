@@ -3,7 +3,9 @@
 
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -13,11 +15,10 @@
 namespace {
 
 // Tensors come and go as handles in torch's capsules, each for one use.
-gkt::Tensor tensor_in(py::handle capsule) {
-  void* const handle = PyCapsule_GetPointer(capsule.ptr(), nullptr);
-  if (handle == nullptr) throw py::error_already_set();
-  return gkt::Tensor(static_cast<gkt::TensorHandle>(handle));
-}
+struct DeleteHandle {
+  void operator()(gkt::TensorHandle handle) const { gkt::torch_functions().delete_tensor(handle); }
+};
+using OwnedHandle = std::unique_ptr<std::remove_pointer_t<gkt::TensorHandle>, DeleteHandle>;
 
 py::object capsule_of(gkt::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(PyCapsule_New(tensor.release(), nullptr, nullptr));
@@ -27,9 +28,17 @@ py::object capsule_of(gkt::Tensor& tensor) {
 class Handles {
  public:
   Handles(const py::list& given, const py::list& capsules) {
+    // All are owned before any is looked at, which may fail.
+    std::vector<OwnedHandle> handles;
+    for (py::handle capsule : capsules) {
+      void* const handle = PyCapsule_GetPointer(capsule.ptr(), nullptr);
+      if (handle == nullptr) throw py::error_already_set();
+      handles.emplace_back(static_cast<gkt::TensorHandle>(handle));
+    }
     size_t next = 0;
     for (py::handle tensor : given)
-      tensors_.push_back(tensor.is_none() ? gkt::Tensor() : tensor_in(capsules[next++]));
+      tensors_.push_back(tensor.is_none() ? gkt::Tensor()
+                                          : gkt::Tensor(handles.at(next++).release()));
   }
   gkt::Tensor take() { return std::move(tensors_.at(next_++)); }
   std::vector<gkt::Tensor> take(size_t count) {

@@ -37,8 +37,9 @@ class BlockNorms {
   BlockNorms(const BlockDescription& block, const BlockTensors& tensors, const Launch& launch,
              Device device)
       : block_(block), in_(tensors), launch_(launch), device_(device) {
-    if (in_.keep && in_.keep.size(0) != 1 && in_.keep.stride(0) != 1)
-      throw Unfit("keep is strided");
+    if (in_.keep && (in_.keep.dim() != 1 || in_.keep.size(0) != block_.ghosts ||
+                     !in_.keep.is_dense({0}) || !is_here(in_.keep)))
+      throw Unfit("keep");
     for (size_t i = 0; i < block_.layers(); ++i)
       if (in_.parameter(i, kEvalMean) || in_.parameter(i, kEvalVar))
         throw Unfit("running statistics are used");
@@ -127,6 +128,7 @@ class BlockNorms {
       params.channels_last = 1;
     else
       throw Unfit("an activation is strided");
+    if (block_.ghosts < 1) throw Unfit("there are no ghost batches");
     params.ghosts = block_.ghosts;
     params.lead_rows = block_.lead_rows.value_or(c.size(0) / block_.ghosts);
     params.ghost_rows = params.lead_rows;
@@ -152,12 +154,20 @@ class BlockNorms {
     return torch_dtype(params.dtype == GKT_FLOAT64 ? GKT_FLOAT64 : GKT_FLOAT32);
   }
 
+  // Whether it has values in memory that the kernels can read.
+  bool is_here(const Tensor& tensor) const {
+    const Device device = device_of(tensor);
+    return tensor.data() != nullptr && device.type == device_.type && device.index == device_.index;
+  }
+
   // The tensor, or `room` with a copy of it, in the dtype and the layout of the example.
   const Tensor& laid_out_as(const Tensor& tensor, const Tensor& example, Tensor& room) const {
-    bool same = tensor.dtype() == example.dtype() && tensor.dim() == example.dim();
-    for (int64_t d = 0; same && d < tensor.dim(); ++d)
-      same = tensor.size(d) == example.size(d) &&
-             (tensor.size(d) == 1 || tensor.stride(d) == example.stride(d));
+    bool alike = tensor.dim() == example.dim(), same = tensor.dtype() == example.dtype();
+    for (int64_t d = 0; alike && d < tensor.dim(); ++d) {
+      alike = tensor.size(d) == example.size(d);
+      same = same && (tensor.size(d) == 1 || tensor.stride(d) == example.stride(d));
+    }
+    if (!alike || !is_here(tensor)) throw Unfit("an activation's shape, or where it is");
     if (same) return tensor;
     room = empty_like(example, example.dtype(), device_);
     copy(room, tensor);
@@ -168,7 +178,7 @@ class BlockNorms {
   void* vector(const Tensor& tensor, const gkt_ghost_batch_norm_params& params) const {
     if (!tensor) return nullptr;
     if (tensor.dtype() != statistics_dtype(params) || tensor.dim() != 1 ||
-        tensor.size(0) != params.channels || !tensor.is_dense({0}))
+        tensor.size(0) != params.channels || !tensor.is_dense({0}) || !is_here(tensor))
       throw Unfit("a norm's vector");
     return tensor.data();
   }

@@ -140,19 +140,27 @@ def test_running_statistics_are_updated_once_where_a_later_convolution_fails(bac
     assert [t._version for pair in running for t in pair] == [v + (i < 2) for i, v in enumerate(versions)]
 
 
-def test_no_tensor_is_kept_after_a_call(backend):
-    uses = lambda tensor: torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # noqa: E731
-    for broken in (False, True):
-        problem, parameters = plain((5, 5, 5))
-        if broken:
-            parameters[6] = torch.randn(5, 4, 3, 3)
-        given = [torch.randn(4, 5, 6, 6), *(p for p in parameters if p is not None)]
-        before = [uses(tensor) for tensor in given]
-        try:
+@pytest.mark.parametrize("which", ["whole", "wrong channels", "without strides"])
+def test_no_tensor_is_kept_after_a_call(backend, which):
+    """A handle that is left would hold its tensor, and that its storage."""
+    uses = lambda storage: torch._C._storage_Use_Count(storage._cdata)  # noqa: E731
+    problem, parameters = plain((5, 5, 5))
+    given = [torch.randn(4, 5, 6, 6, requires_grad=True), *(p for p in parameters if p is not None)]
+    if which == "wrong channels":
+        parameters[6] = torch.randn(5, 4, 3, 3)
+    elif which == "without strides":
+        parameters[6] = torch.randn(5, 5, 3, 3).to_sparse()
+    if which == "whole":
+        y, statistics = run_plain_residual_block(problem, given[0], None, None, parameters, None)
+        given += [y.detach(), *statistics, *y.grad_fn.saved_tensors]
+        given += torch.autograd.grad(y.sum(), given[0])
+        del y, statistics
+    else:
+        with pytest.raises(RuntimeError):
             run_plain_residual_block(problem, given[0], None, None, parameters, None)
-        except RuntimeError:
-            assert broken
-        assert [uses(tensor) for tensor in given] == before
+    storages = [tensor.untyped_storage() for tensor in given if tensor is not None]
+    parameters.clear(), given.clear()
+    assert {uses(storage) for storage in storages} == {uses(torch.empty(1).untyped_storage())}
 
 
 def test_a_torch_without_the_functions_is_told_of_once(monkeypatch, caplog, taken):
