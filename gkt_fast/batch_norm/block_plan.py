@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ..network.fingerprint import Watch
 from ..ops.library import runs_plain
-from ..ops.residual_block import SLOTS, Geometry, Problem, autocast_dtype, run_plain_residual_block
+from ..ops.residual_block import (
+    SLOTS,
+    Geometry,
+    Problem,
+    autocast_dtype,
+    run_plain_residual_block,
+    shape_after,
+)
 from .forms import Form, reason_against, run_layers, run_modules
 from .kinds import is_fusible_batch_norm, is_hooked
 from .layer import (
@@ -109,9 +116,9 @@ class BlockPlan:
             parameters += _weights(convolution)
             parameters += _tensors_of_norm(norm)
         weights = parameters[::SLOTS]
-        if not runs_plain(x, *weights):
+        if not runs_plain(x, *parameters):
             return None
-        skip = run_modules(self._before, x) if self._before else None
+        skip = run_modules(self._before, x).resolve_neg() if self._before else None
         ghosts = surrounding_ghost_batches()
         number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
         run = self._describe(x, skip, weights, number, lead)
@@ -188,11 +195,11 @@ class BlockPlan:
         )
         shapes = [x.shape]
         for weight, of_layer in zip(weights[: self._depth], geometry, strict=False):
-            shapes.append(_shape_after(shapes[-1], weight, of_layer))
+            shapes.append(shape_after(shapes[-1], weight, of_layer))
         residual = x if skip is None else skip
         shape, dtype = residual.shape, residual.dtype
         if shortcut:
-            shape = _shape_after(shape, weights[self._depth], geometry[-1])
+            shape = shape_after(shape, weights[self._depth], geometry[-1])
             dtype = autocast or dtype
         # Torch adds what broadcasts, and promotes; the node does neither.
         if shape != shapes[-1] or dtype != (autocast or x.dtype):
@@ -262,12 +269,3 @@ def _tensors_of_norm(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
     if norm.training:
         return weight, bias, None, None
     return weight, bias, buffers["running_mean"], buffers["running_var"]
-
-
-def _shape_after(shape: torch.Size, weight: Tensor, geometry: Geometry) -> torch.Size:
-    """Of a convolution's output."""
-    places = [
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(shape[2:], weight.shape[2:], *geometry[:3], strict=True)
-    ]
-    return torch.Size((shape[0], weight.shape[0], *places))

@@ -96,13 +96,16 @@ def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
         return op(*inputs)
 
 
-def runs_plain(*tensors: Tensor) -> bool:
+def runs_plain(*tensors: Tensor | None) -> bool:
     """Whether what runs on the tensors now is seen by torch's kernels alone: no mode of the dispatcher (a FLOP counter,
-    fake tensors), no transform of torch.func, no compiler or tracer, no subclass."""
+    fake tensors), no transform of torch.func, no compiler or tracer, no subclass; and whether their memory holds their
+    values: no view that is negated when it is read, no zeros without memory."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

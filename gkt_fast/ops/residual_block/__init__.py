@@ -2,7 +2,7 @@
 
 from .checks import check_recompute
 from .op import autocast_dtype, residual_block, run_plain_residual_block
-from .problem import SLOTS, Convolution, Geometry, Norm, Problem
+from .problem import SLOTS, Convolution, Geometry, Norm, Problem, shape_after
 from .reference import residual_block_reference
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "residual_block",
     "residual_block_reference",
     "run_plain_residual_block",
+    "shape_after",
 ]

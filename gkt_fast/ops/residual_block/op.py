@@ -26,7 +26,7 @@ from .. import library
 from ..ghost_batch_norm.op import NAME as NORM
 from ..ghost_batch_norm.passes import FAKE_PASSES, PassesOn
 from ..registry import run
-from .checks import check_arguments
+from .checks import check_arguments, check_values
 from .native import native_backward, native_forward
 from .passes import Saved, Updates, backward, forward
 from .problem import Convolution, Norm, Problem, describe, parameters_of
@@ -82,6 +82,9 @@ def residual_block(
         RuntimeError: its gradient is differentiated; that of `residual_block_reference` can be. Or channels don't fit.
     """
     check_arguments(x, convolutions, norms, shortcut, skip, preactivation, recompute)
+    check_values(
+        x, convolutions, norms, shortcut, skip, preactivation, keep, ghosts, lead_rows, autocast_dtype(x)
+    )
     if library.counts_flops():
         return residual_block_reference(
             x, convolutions, norms, ghosts=ghosts, lead_rows=lead_rows, shortcut=shortcut,
@@ -112,7 +115,7 @@ def run_residual_block(
     parameters: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor]]:
     """y and statistics (3, m, C) of each norm, of arguments that are known to be right; see `residual_block`."""
-    if library.runs_plain(x):
+    if library.runs_plain(x, skip, keep, *parameters):
         return run_plain_residual_block(problem, x, skip, keep, parameters, None)
     y, statistics, _ = _op(x, skip, keep, parameters, *problem.flatten())
     return y, statistics
@@ -171,7 +174,13 @@ def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved,
         return run(NORM, x.device, problem.dtype or x.dtype, on)
 
 
+def _read(parameters):
+    """In memory as they are read, which the dispatcher sees to of no list."""
+    return [p if p is None else p.resolve_neg() for p in parameters]
+
+
 def _forward_op(x, skip, keep, parameters, *options):
+    parameters = _read(parameters)
     return _run_forward(Problem.unflatten(*options), x, skip, keep, parameters)
 
 
@@ -182,6 +191,7 @@ def _fake_forward_op(x, skip, keep, parameters, *options):
 
 
 def _backward_op_kernel(grad_y, x, skip, keep, parameters, statistics, saved, needs, *options):
+    parameters = _read(parameters)
     gradients = _run_backward(
         Problem.unflatten(*options), grad_y, x, skip, keep, parameters, statistics, saved, needs
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SLOTS", "Convolution", "Geometry", "Norm", "Problem", "describe", "parameters_of"]
+__all__ = ["SLOTS", "Convolution", "Geometry", "Norm", "Problem", "describe", "parameters_of", "shape_after"]
 
 
 class Convolution(NamedTuple):
@@ -141,3 +141,12 @@ def parameters_of(convolutions: Sequence[Convolution], norms: Sequence[Norm | No
         for convolution, norm in zip(convolutions, norms, strict=True)
         for tensor in (*convolution[:2], *(Norm() if norm is None else norm)[:4])
     ]
+
+
+def shape_after(shape: torch.Size, weight: Tensor, geometry: Geometry) -> torch.Size:
+    """Of a convolution's output."""
+    places = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+    ]
+    return torch.Size((shape[0], weight.shape[0], *places))
