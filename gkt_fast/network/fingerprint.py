@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Hashable
-from itertools import repeat
 
 import torch.nn.modules.module as torch_module
 from torch import nn
@@ -57,7 +56,12 @@ class Watch:
             tuple(map(type, self._modules)),
             tuple(map(dict.get, *self._flags)),
             tuple([tuple(hooks) for hooks in filter(None, self._hooks)]),
-            tuple(map(id, map(dict.get, self._attributes, repeat("forward")))),
-            tuple(map(bool, map(dict.get, self._attributes, repeat(_COMPILED)))),
+            tuple(
+                [
+                    (id(own), id(own.get("forward")), bool(own.get(_COMPILED)))
+                    for own in self._attributes
+                    if "forward" in own or _COMPILED in own
+                ]
+            ),
             tuple(torch_module._global_forward_hooks) + tuple(torch_module._global_forward_pre_hooks),
         )
