@@ -19,7 +19,7 @@ from pathlib import Path
 import accuracy_pictures
 from accuracy import SETTING, read
 from accuracy_models import title_of
-from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, RECIPES, SHARES
+from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, OVER_STEPS, RECIPES, SHARES
 from accuracy_rows import (
     Rows,
     by,
@@ -191,6 +191,10 @@ def tables(rows: Rows) -> dict[str, list[dict[str, str]]]:
     if shares := of(SHARES):
         result["Subnets on a share of the batch (differences: gkt to plain, shares to gkt)"] = accuracies(
             of(["plain"], shares, ["gkt"])
+        )
+    if over_steps := of(OVER_STEPS):
+        result["One subnet a step, knowledge kept by sample (differences: gkt to plain, others to gkt)"] = (
+            accuracies(of(["plain"], over_steps, ["gkt"]))
         )
     if choices := of(CHOICES):
         result["Choices (differences to the defaults)"] = differences(choices, of(METHODS))
