@@ -96,19 +96,20 @@ def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
         return op(*inputs)
 
 
-def runs_plain(*tensors: Tensor | None) -> bool:
+def runs_plain(first: Tensor, *others: Tensor | None) -> bool:
     """Whether what runs on the tensors now is seen by torch's kernels alone: no mode of the dispatcher (a FLOP counter,
     fake tensors), no transform of torch.func, no compiler or tracer, no subclass; and whether their memory holds their
-    values: no view that is negated when it is read, no zeros without memory."""
+    values: no view that is negated when it is read, and the first one no zeros without memory, as gradients can be."""
     if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
+    for tensor in (first, *others):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
+        if type(tensor) not in _PLAIN or tensor.is_neg():
             return False
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not first._is_zerotensor()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
     )
