@@ -9,6 +9,7 @@
 
 #include "bindings_common.h"
 #include "bindings_residual_block.h"
+#include "bindings_running_statistics.h"
 #include "cpu/isa.h"
 #include "gkt_abi.h"
 
@@ -260,6 +261,7 @@ PYBIND11_MODULE(_native, module) {
       .def("forward_cpu", &GhostBatchNorm::forward<gkt_ghost_batch_norm_fwd_cpu, int>)
       .def("backward_cpu", &GhostBatchNorm::backward<gkt_ghost_batch_norm_bwd_cpu, int>);
   module.def("load_torch", &gkt::load_torch);
+  module.def("update_running_statistics", &update_running_statistics);
   py::class_<ResidualBlock>(module, "ResidualBlock", py::module_local())
       .def(py::init<const std::vector<int64_t>&, std::vector<double>, bool, int64_t,
                     std::optional<int64_t>, bool, std::optional<int32_t>>())

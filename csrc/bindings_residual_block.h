@@ -3,54 +3,15 @@
 
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <optional>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "bindings_common.h"
+#include "bindings_tensors.h"
 #include "residual_block.h"
 
 namespace {
-
-// Tensors come and go as handles in torch's capsules, each for one use.
-struct DeleteHandle {
-  void operator()(gkt::TensorHandle handle) const { gkt::torch_functions().delete_tensor(handle); }
-};
-using OwnedHandle = std::unique_ptr<std::remove_pointer_t<gkt::TensorHandle>, DeleteHandle>;
-
-py::object capsule_of(gkt::Tensor& tensor) {
-  return py::reinterpret_steal<py::object>(PyCapsule_New(tensor.release(), nullptr, nullptr));
-}
-
-// The tensors of a call, in order: undefined where Python has None, and no capsule.
-class Handles {
- public:
-  Handles(const py::list& given, const py::list& capsules) {
-    // All are owned before any is looked at, which may fail.
-    std::vector<OwnedHandle> handles;
-    for (py::handle capsule : capsules) {
-      void* const handle = PyCapsule_GetPointer(capsule.ptr(), nullptr);
-      if (handle == nullptr) throw py::error_already_set();
-      handles.emplace_back(static_cast<gkt::TensorHandle>(handle));
-    }
-    size_t next = 0;
-    for (py::handle tensor : given)
-      tensors_.push_back(tensor.is_none() ? gkt::Tensor()
-                                          : gkt::Tensor(handles.at(next++).release()));
-  }
-  gkt::Tensor take() { return std::move(tensors_.at(next_++)); }
-  std::vector<gkt::Tensor> take(size_t count) {
-    std::vector<gkt::Tensor> taken;
-    while (count-- > 0) taken.push_back(take());
-    return taken;
-  }
-
- private:
-  std::vector<gkt::Tensor> tensors_;
-  size_t next_ = 0;
-};
 
 // A residual block that is described once; see residual_block.h. A call that it isn't for, or at
 // which torch fails, returns None: what comes next says why.
@@ -67,7 +28,7 @@ class ResidualBlock {
     }
   }
 
-  // given: x, skip, keep, parameters, then mean and variance of each update; updates: as of
+  // given: x, skip, keep, parameters, then mean, variance and counter of each update; updates: as of
   // `passes.forward`. Returns y, statistics, convolved, masks and activations.
   template <class Launch, class Where>
   py::object forward(const py::list& given, const py::list& capsules, py::list updates,
@@ -84,6 +45,7 @@ class ResidualBlock {
         if (updates[i].is_none()) continue;
         running[i].mean = handles.take();
         running[i].var = handles.take();
+        running[i].counter = handles.take();
         running[i].momentum = updates[i][py::int_(2)].cast<double>();
       }
       gkt::BlockResults out;
@@ -103,15 +65,16 @@ class ResidualBlock {
     }
   }
 
-  // given: x, skip, keep, parameters, the gradient of y, and what `forward` returned but y.
-  // Returns the places of gradients, and these.
+  // given: the gradient of y, x, skip, keep, parameters, and what `forward` returned but y. needs:
+  // which of x, skip, keep and parameters want a gradient. Returns the places of gradients, and
+  // these.
   template <class Launch, class Where>
   py::object backward(const py::list& given, const py::list& capsules,
                       const std::vector<bool>& needs, Where where) const {
     try {
       Handles handles(given, capsules);
-      const gkt::BlockTensors in = inputs(handles);
       const gkt::Tensor grad_y = handles.take();
+      const gkt::BlockTensors in = inputs(handles);
       const size_t depth = block_.depth(), norms = depth + (block_.normed_shortcut() ? 1 : 0);
       gkt::BlockResults saved;
       saved.statistics = handles.take(norms);

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define GKT_ABI_VERSION 5
+#define GKT_ABI_VERSION 6
 
 enum gkt_dtype { GKT_FLOAT32 = 0, GKT_FLOAT64 = 1, GKT_BFLOAT16 = 2, GKT_FLOAT16 = 3 };
 

@@ -78,22 +78,23 @@ class BlockRun {
     return out;
   }
 
-  // Gradients of x, of the residual and of the parameters, undefined where none is needed. That of
-  // the residual belongs to skip; without skip it is to be added to that of x.
+  // Gradients of x, of the residual, of keep (none) and of the parameters, undefined where none is
+  // needed, which `needs` has in the same order. That of the residual belongs to skip; without skip
+  // it is to be added to that of x.
   std::vector<Tensor> backward(const Tensor& grad_y, const BlockResults& saved,
                                const std::vector<bool>& needs) const {
     const size_t last = block_.depth() - 1, shortcut = last + 1;
     const bool needs_residual = needs[in_.skip ? 1 : 0];
     const auto needs_any = [&](size_t first, size_t layers) {
       bool any = false;
-      for (size_t j = kSlots * first; j < kSlots * (first + layers); ++j) any |= needs[2 + j];
+      for (size_t j = kSlots * first; j < kSlots * (first + layers); ++j) any |= needs[kInputs + j];
       return any;
     };
     std::vector<Tensor> gradients(needs.size());
     const auto norm = [&](size_t i, const Tensor& grad, const Tensor* mask, bool with_residual) {
       NormGradients found =
           norms_.backward(i, grad, saved.convolved[i], saved.statistics[i], mask, with_residual);
-      const size_t place = 2 + kSlots * i;
+      const size_t place = kInputs + kSlots * i;
       if (needs[place + kNormWeight]) gradients[place + kNormWeight] = std::move(found.grad_weight);
       if (needs[place + kNormBias]) gradients[place + kNormBias] = std::move(found.grad_bias);
       return std::pair(std::move(found.grad_x), std::move(found.grad_residual));
@@ -169,7 +170,7 @@ class BlockRun {
   Tensor convolution_backward(size_t i, const Tensor& grad_y, const Tensor& input, bool goes_on,
                               const std::vector<bool>& needs,
                               std::vector<Tensor>& gradients) const {
-    const size_t place = 2 + kSlots * i;
+    const size_t place = kInputs + kSlots * i;
     const int32_t mask[] = {goes_on, needs[place + kWeight], needs[place + kBias]};
     if (!(mask[0] || mask[1] || mask[2])) return {};
     Tensor rooms[3];

@@ -70,6 +70,7 @@ class BlockNorms {
     }
     const Tensor workspace = workspace_for(params);
     check(launch_.forward(params));
+    if (updates && update.counter) ++*static_cast<int64_t*>(update.counter.data());
     update.done = update.done || updates;
     return out;
   }

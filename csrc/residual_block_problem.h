@@ -74,9 +74,13 @@ struct BlockDescription {
 // Running statistics that a layer's norm updates.
 struct RunningUpdate {
   Tensor mean, var;
+  Tensor counter;  // of batches, in the CPU's memory; may be undefined
   double momentum;
   bool done;
 };
+
+// x, skip and keep, which come before the parameters.
+constexpr size_t kInputs = 3;
 
 // The tensors of a call. skip and keep may be undefined, and so may parameters.
 struct BlockTensors {

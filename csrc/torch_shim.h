@@ -53,7 +53,7 @@ struct TorchFunctions {
   int32_t (*copy)(TensorHandle self, TensorHandle source, int32_t non_blocking);
   Convolution convolution_cpu, convolution_cuda;
   ConvolutionBackward convolution_backward_cpu, convolution_backward_cuda;
-  int32_t float32, float64, bfloat16, float16, uint8, cpu, cuda;
+  int32_t float32, float64, bfloat16, float16, uint8, int64, cpu, cuda;
 };
 
 // The functions, once `load_torch` has found them.
@@ -98,6 +98,7 @@ inline const char* load_torch(const char* cpu, const char* cuda) {
   value(torch.bfloat16, "aoti_torch_dtype_bfloat16");
   value(torch.float16, "aoti_torch_dtype_float16");
   value(torch.uint8, "aoti_torch_dtype_uint8");
+  value(torch.int64, "aoti_torch_dtype_int64");
   value(torch.cpu, "aoti_torch_device_type_cpu");
   value(torch.cuda, "aoti_torch_device_type_cuda");
   if (cuda_library != nullptr) {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..network.fingerprint import Watch
+from ..ops.ghost_batch_norm.running_statistics import RunningUpdate
 from ..ops.library import runs_plain
 from ..ops.residual_block import (
     SLOTS,
@@ -23,7 +24,6 @@ from .forms import Form, reason_against, run_layers, run_modules
 from .kinds import is_fusible_batch_norm, is_hooked
 from .layer import (
     Report,
-    count_batches,
     is_updated_by_the_op,
     report_statistics,
     surrounding_ghost_batches,
@@ -36,6 +36,8 @@ _KEPT_RUNS = 64
 """Forms of inputs that are remembered, of batches and images that change their size."""
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Run(NamedTuple):
@@ -50,6 +52,24 @@ class _Run(NamedTuple):
     problem: Problem | None
     values: list[tuple[int, int]]
     dtypes: list[torch.dtype]
+
+
+class _Running(NamedTuple):
+    """How running statistics are updated outside `ghost_batches`.
+
+    Args:
+        run: the form of the inputs.
+        buffers: of the norms that track them, three of each.
+        updates: by the node, for each of its layers; None: there are none.
+        counters: what counts batches elsewhere than in the CPU's memory, which the node doesn't write.
+        reported: norms that the node doesn't update.
+    """
+
+    run: _Run
+    buffers: list[Tensor | None]
+    updates: list[RunningUpdate | None] | None
+    counters: list[Tensor]
+    reported: list[int]
 
 
 class BlockPlan:
@@ -71,6 +91,7 @@ class BlockPlan:
         self._whole = False
         self._settings: list[Any] = []
         self._runs: dict[Hashable, _Run] = {}
+        self._running: _Running | None = None
         self.reason = reason_against(block, form)
         if self.reason is None:
             self._layers = [getattr(block, name) for name in form.layers]
@@ -100,52 +121,59 @@ class BlockPlan:
         # Of a pre-activation block the shortcut reads what the node itself computes.
         self._whole = all(map(_is_plain_convolution, convolutions)) and not (first and self._before)
         self._pairs = list(zip(convolutions, norms, strict=True))
+        self._slots = _Slots([slot for pair in self._pairs for slot in _slots(*pair)])
         self._attributes = [convolution.__dict__ for convolution in convolutions]
         self._norms = [norm for norm in norms if norm is not None]
         self._tracking = [
             i for i, norm in enumerate(self._norms) if norm.training and norm.track_running_stats
         ]
+        tracking = [self._norms[i] for i in self._tracking]
+        self._buffers = _Slots([(norm, "_buffers", name) for norm in tracking for name in _BUFFERS])
         read = [(attributes, name) for attributes in self._attributes for name in _GEOMETRY]
-        read += [(norm.__dict__, "eps") for norm in self._norms]
+        read += [(norm.__dict__, name) for norm in self._norms for name in ("eps", "momentum")]
         self._read = [attributes for attributes, _ in read], [name for _, name in read]
 
     def _run_as_a_whole(self, x: Tensor) -> Tensor | None:
         """The block as one node; None where the node can't run it."""
-        parameters: list[Tensor | None] = []
-        for convolution, norm in self._pairs:
-            parameters += _weights(convolution)
-            parameters += _tensors_of_norm(norm)
-        weights = parameters[::SLOTS]
+        parameters = self._slots.read()
         if not runs_plain(x, *parameters):
             return None
         skip = run_modules(self._before, x).resolve_neg() if self._before else None
         ghosts = surrounding_ghost_batches()
         number, lead = (1, None) if ghosts is None else (ghosts.number, ghosts.lead_rows(x.shape[0]))
-        run = self._describe(x, skip, weights, number, lead)
+        run = self._describe(x, skip, parameters[::SLOTS], number, lead)
         if run.problem is None:
             return None
-        updated = [] if ghosts is not None else [i for i in self._tracking if self._is_updated(i, run)]
-        updates = self._updates(updated) if updated else None
+        updates, reported = None, self._tracking
+        if reported and ghosts is None:
+            _, _, updates, counters, reported = self._find_running(run)
+            updates = updates and [*updates]  # the node crosses out what it has done
         y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
-        if updated:
-            count_batches(self._norms[i] for i in updated)
-        if len(updated) < len(self._tracking):
-            for i in self._tracking:
-                if i not in updated:
-                    report_statistics(Report(self._norms[i], statistics[i], run.values[i]))
+        if updates and counters:
+            torch._foreach_add_(counters, 1)
+        for i in reported:
+            report_statistics(Report(self._norms[i], statistics[i], run.values[i]))
         return y
 
-    def _is_updated(self, i: int, run: _Run) -> bool:
-        return is_updated_by_the_op(self._norms[i], run.dtypes[i])
-
-    def _updates(self, updated: list[int]) -> list[tuple[Tensor, Tensor, float] | None]:
-        """Running statistics that the node writes, of each layer."""
-        updates: list[tuple[Tensor, Tensor, float] | None] = [None] * len(self._pairs)
-        for i in updated:
-            norm = self._norms[i]
-            buffers = norm._buffers
-            updates[i] = buffers["running_mean"], buffers["running_var"], norm.momentum
-        return updates
+    def _find_running(self, run: _Run) -> _Running:
+        """Found once, as long as the norms have the same buffers."""
+        running, buffers = self._running, self._buffers.read()
+        if running is None or running.run is not run or not all(map(operator.is_, buffers, running.buffers)):
+            updates: list[RunningUpdate | None] = [None] * len(self._pairs)
+            counters, reported = [], []
+            for place, i in enumerate(self._tracking):
+                norm = self._norms[i]
+                mean, var, counter = buffers[3 * place : 3 * place + 3]
+                if not is_updated_by_the_op(norm, run.dtypes[i]):
+                    reported.append(i)
+                    continue
+                if counter is not None and not _is_cpu_counter(counter):
+                    counters.append(counter)
+                    counter = None
+                updates[i] = RunningUpdate(mean, var, norm.momentum, counter)
+            given = updates if len(reported) < len(self._tracking) else None
+            running = self._running = _Running(run, buffers, given, counters, reported)
+        return running
 
     def _describe(
         self, x: Tensor, skip: Tensor | None, weights: list[Tensor], ghosts: int, lead_rows: int | None
@@ -249,23 +277,43 @@ def _is_plain_convolution(module: nn.Module) -> bool:
     )
 
 
-def _weights(convolution: nn.Module) -> tuple[Tensor, Tensor | None]:
-    parameters = convolution._parameters
-    try:
-        return parameters["weight"], parameters["bias"]
-    except KeyError:  # parametrised, or put there as plain tensors
-        return convolution.weight, convolution.bias
+Slot = tuple["nn.Module | None", str, str]
+"""A module, which of its dictionaries holds a tensor, and the tensor's name; without a module there is none."""
 
 
-def _tensors_of_norm(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
-    """Weight and bias, and running mean and variance of a norm that uses them."""
-    if norm is None:
-        return None, None, None, None
-    parameters, buffers = norm._parameters, norm._buffers
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-    except KeyError:
-        weight, bias = norm.weight, norm.bias
-    if norm.training:
-        return weight, bias, None, None
-    return weight, bias, buffers["running_mean"], buffers["running_var"]
+def _slots(convolution: nn.Module, norm: nn.Module | None) -> list[Slot]:
+    """Of a layer's tensors, in the order of `SLOTS`; a norm has running statistics where it uses them."""
+    uses = norm is not None and not norm.training
+    return [
+        (convolution, "_parameters", "weight"),
+        (convolution, "_parameters", "bias"),
+        (norm, "_parameters", "weight"),
+        (norm, "_parameters", "bias"),
+        (norm if uses else None, "_buffers", "running_mean"),
+        (norm if uses else None, "_buffers", "running_var"),
+    ]
+
+
+class _Slots:
+    """Reads tensors of modules, by the interpreter's own loops: every block does in every step."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._attributes = [_NOTHING if module is None else module.__dict__ for module, _, _ in slots]
+        self._kinds = [kind for _, kind, _ in slots]
+        self._names = [name for _, _, name in slots]
+
+    def read(self) -> list[Tensor | None]:
+        dictionaries = map(operator.getitem, self._attributes, self._kinds)
+        try:
+            return [*map(operator.getitem, dictionaries, self._names)]
+        except KeyError:  # parametrised, or put there as plain tensors
+            return [None if module is None else getattr(module, name) for module, _, name in self._slots]
+
+
+_NOTHING = {"_parameters": dict.fromkeys(("weight", "bias")), "_buffers": dict.fromkeys(_BUFFERS)}
+"""The attributes of no module."""
+
+
+def _is_cpu_counter(counter: Tensor) -> bool:
+    return counter.is_cpu and counter.dtype is torch.int64 and counter.dim() == 0

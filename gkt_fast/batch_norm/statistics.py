@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ..ops.ghost_batch_norm.running_statistics import FoundStatistics, RunningUpdate, update_on_cpu
 from .layer import OnStatistics, Report, count_batches
 
 __all__ = [
@@ -203,7 +204,24 @@ class StreamStatistics:
         ]
         if self._all_update:
             seen.sort(key=lambda update: update[0])
-        update_running_statistics(_batch_statistics([(report, ghost) for _, report, ghost in seen]))
+        reports = [(report, ghost) for _, report, ghost in seen]
+        if not _update_on_cpu(reports):
+            update_running_statistics(_batch_statistics(reports))
+
+
+def _update_on_cpu(seen: Sequence[tuple[Report, int]]) -> bool:
+    """Whether the statistics of these ghost batches have gone into the running ones in one native call."""
+    found, updates = [], []
+    for report, ghost in seen:
+        layer, statistics, _ = report
+        if type(layer.momentum) not in (float, int):
+            return False
+        mean, var = (statistics, None) if isinstance(statistics, Tensor) else statistics
+        found.append(FoundStatistics(mean, var, ghost, report.correction(ghost)))
+        buffers = layer._buffers
+        running = buffers["running_mean"], buffers["running_var"]
+        updates.append(RunningUpdate(*running, layer.momentum, buffers["num_batches_tracked"]))
+    return update_on_cpu(found, updates)
 
 
 def _batch_statistics(seen: Sequence[tuple[Report, int]]) -> list[BatchStatistics]:

@@ -102,11 +102,9 @@ def runs_plain(first: Tensor, *others: Tensor | None) -> bool:
     values: no view that is negated when it is read, and the first one no zeros without memory, as gradients can be."""
     if torch.compiler.is_compiling():
         return False
-    for tensor in (first, *others):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_neg():
-            return False
+    tensors = first, *others
+    if not _PLAIN.issuperset(map(type, tensors)) or True in [t.is_neg() for t in tensors if t is not None]:
+        return False
     return (
         not first._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -115,7 +113,7 @@ def runs_plain(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

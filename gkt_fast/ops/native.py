@@ -24,7 +24,7 @@ __all__ = [
 
 logger = logging.getLogger("gkt_fast")
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The ABI's number of a dtype (csrc/gkt_abi.h)."""

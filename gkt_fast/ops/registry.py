@@ -45,6 +45,8 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger("gkt_fast")
 
+_CPU = torch.device("cpu")
+
 ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 
@@ -107,7 +109,7 @@ class _State:
         given_up: why a backend failed when it ran, by op, backend, device and dtype.
         unfit: why a device is not for a backend, by backend and device.
         loaded: the backends that were asked for, each with the reason why it can't be used.
-        automatic: the backend that an automatic choice takes, by op, device and dtype.
+        automatic: the backend that an automatic choice takes, and its name, by op, device and dtype.
         told: what has been said to run in plain torch.
     """
 
@@ -115,7 +117,7 @@ class _State:
     given_up: dict[tuple[str, str, torch.device, torch.dtype], str] = field(default_factory=dict)
     unfit: dict[tuple[str, torch.device], str] = field(default_factory=dict)
     loaded: dict[tuple[str, str], tuple[Backend | None, str | None]] = field(default_factory=dict)
-    automatic: dict[tuple[str, torch.device, torch.dtype], str] = field(default_factory=dict)
+    automatic: dict[tuple[str, torch.device, torch.dtype], tuple[str, Backend]] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -191,10 +193,23 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 def requested_backend() -> str | None:
     """The backend asked for by `use_backend` or GKT_BACKEND; None when the choice is automatic."""
-    requested = _requested.get() or os.environ.get("GKT_BACKEND") or None
+    requested = _requested.get() or _from_environment() or None
     if requested is not None:
         _check_name(requested, "GKT_BACKEND")
     return requested
+
+
+def _from_environment() -> str | None:
+    """GKT_BACKEND, of which `os.environ.get` takes longer to say that it isn't set than a choice takes else."""
+    if _environment is not None and _VARIABLE not in _environment:
+        return None
+    return os.environ.get("GKT_BACKEND")
+
+
+_environment = getattr(os.environ, "_data", None)
+"""What `os.environ` keeps, by encoded names; None where the interpreter has another way."""
+
+_VARIABLE = getattr(os.environ, "encodekey", str)("GKT_BACKEND")
 
 
 def select(op: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
@@ -203,7 +218,7 @@ def select(op: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
     Raises:
         BackendError: the explicitly requested backend can't, with the reason.
     """
-    return _load(op, _choose(op, _exact(device), dtype))[0]
+    return _choose(op, _exact(device), dtype)[1]
 
 
 def run(op: str, device: torch.device | str, dtype: torch.dtype, call: Callable[[Any], Result]) -> Result:
@@ -216,14 +231,14 @@ def run(op: str, device: torch.device | str, dtype: torch.dtype, call: Callable[
         BackendError: the explicitly requested backend can't, with the reason.
     """
     device = _exact(device)
-    backend = _choose(op, device, dtype)
+    name, backend = _choose(op, device, dtype)
     try:
-        return call(_load(op, backend)[0])
+        return call(backend)
     except UnfitDevice as error:
-        _give_up_device(backend, device, str(error))
+        _give_up_device(name, device, str(error))
         return run(op, device, dtype, call)
     except (BackendError, NotImplementedError) as error:
-        _give_up(op, backend, device, dtype, str(error))
+        _give_up(op, name, device, dtype, str(error))
         return run(op, device, dtype, call)  # ends: every turn has one backend less
 
 
@@ -321,19 +336,20 @@ def reason_against(op: str, backend: str, device: torch.device | str, dtype: tor
 def _exact(device: torch.device | str) -> torch.device:
     if isinstance(device, str):
         device = torch.device(device)
-    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
+    if device != _CPU and device.index is None and device.type == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Backend]:
+    """The backend and its name."""
     requested = requested_backend()
     if requested is None:
         return _automatic(op, device, dtype)
     reason = reason_against(op, requested, device, dtype)
     if reason:
         raise BackendError(f"backend {requested!r} can't run {op} on {device} tensors of {dtype}: {reason}")
-    return requested
+    return requested, _load(op, requested)[0]
 
 
 def _give_up_device(backend: str, device: torch.device, reason: str) -> None:
@@ -352,12 +368,14 @@ def _give_up(op: str, backend: str, device: torch.device, dtype: torch.dtype, re
         )
 
 
-def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Backend]:
     """The first backend that nothing speaks against; chosen once."""
     place = op, device, dtype
-    if place not in _state.automatic:
-        _state.automatic[place] = _first_possible(op, device, dtype)
-    return _state.automatic[place]
+    found = _state.automatic.get(place)
+    if found is None:
+        name = _first_possible(op, device, dtype)
+        found = _state.automatic[place] = name, _load(op, name)[0]
+    return found
 
 
 def _first_possible(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ larger subnets, not its coefficients.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -130,13 +131,19 @@ def depth_probabilities(parent_depth: int, least: int, decay: float) -> list[flo
     return [weight / total for weight in weights]
 
 
+@functools.lru_cache(maxsize=4096)
+def _cumulated(parent_depth: int, least: int, decay: float) -> list[float]:
+    """Sums of `depth_probabilities`."""
+    return [*itertools.accumulate(depth_probabilities(parent_depth, least, decay))]
+
+
 def _inherit_decay(
     parent: Subnet, stages: Sequence[Stage], config: GKTConfig, index: int, draw: random.Random
 ) -> Subnet:
     depths = []
     for depth, least in zip(parent.depths, minimum_depths(stages, config), strict=True):
         choices = range(least, depth + 1)
-        depths.append(draw.choices(choices, depth_probabilities(depth, least, config.decay))[0])
+        depths.append(draw.choices(choices, cum_weights=_cumulated(depth, least, config.decay))[0])
     return Subnet.ordered(depths, stages)
 
 

@@ -78,6 +78,69 @@ def test_momentum_and_statistics_that_are_not_tracked(momentum):
         assert runs_as_one_node(same(*pair_, images()))
 
 
+def change_momentum(block):
+    block.bn1.momentum = 0.7
+
+
+def exchange_buffers(block):
+    for norm in (block.bn1, block.bn2):
+        norm.running_mean, norm.running_var = norm.running_mean + 1, norm.running_var * 2
+        norm.num_batches_tracked = norm.num_batches_tracked + 5
+
+
+def count_in_floats(block):
+    block.bn1.num_batches_tracked = torch.tensor(3.0)
+
+
+def use_no_momentum(block):
+    block.bn2.momentum = None
+
+
+def change_the_statistics_dtype(block):
+    block.bn1.running_mean = block.bn1.running_mean.float()
+    block.bn1.running_var = block.bn1.running_var.float()
+
+
+def exchange_parameters(block):
+    block.conv1.weight = nn.Parameter(block.conv1.weight.detach() * 2)
+    block.bn2.bias = nn.Parameter(block.bn2.bias.detach() + 1)
+
+
+def exchange_dictionaries(block):
+    """As code does that shares what a module holds."""
+    for module in (block.conv2, block.bn1):
+        module._parameters = {
+            name: p if p is None else nn.Parameter(p.detach() * 3) for name, p in module._parameters.items()
+        }
+    block.bn2._buffers = {name: buffer + 1 for name, buffer in block.bn2._buffers.items()}
+
+
+def exchange_data(block):
+    block.conv1.weight.data = block.conv1.weight.data[:, :, 1:2, 1:2].clone()
+    block.conv1.padding = (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_momentum, exchange_buffers, count_in_floats, use_no_momentum, change_the_statistics_dtype,
+        exchange_parameters, exchange_dictionaries, exchange_data,
+    ],
+)  # fmt: skip
+def test_what_layers_hold_is_read_at_every_call(change):
+    """Changed after the block has run as one node; torch itself refuses statistics of two dtypes."""
+    block, fused = pair(BasicBlock(8, 8))
+    same(block, fused, images())
+    for module in (block, fused):
+        change(module)
+    if change is change_the_statistics_dtype:
+        fused(images())
+        assert fused.bn1.running_mean.dtype is torch.float32 and int(fused.bn1.num_batches_tracked) == 2
+        return
+    for _ in range(2):
+        assert runs_as_one_node(same(block, fused, images()))
+
+
 def test_parametrised_convolutions_are_read_at_every_call():
     block = bottleneck()
     parametrizations.weight_norm(block.conv2)

@@ -76,6 +76,22 @@ def norm_and_gradients() -> tuple[torch.Tensor, ...]:
     return y.detach(), mean, var, *torch.autograd.grad(y, inputs, tensors["grad_y"])
 
 
+def test_the_environment_is_asked_at_every_call(monkeypatch):
+    x = torch.randn(4, 3)
+    backend = registry.select("ghost_batch_norm", x.device, x.dtype)
+    assert registry.requested_backend() is None
+    for name in ("torch", "cpp"):
+        monkeypatch.setenv("GKT_BACKEND", name)
+        assert registry.requested_backend() == name
+    monkeypatch.setenv("GKT_BACKEND", "torch")
+    assert isinstance(registry.select("ghost_batch_norm", x.device, x.dtype), TorchBackend)
+    monkeypatch.setenv("GKT_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="GKT_BACKEND is 'abacus'"):
+        norm_and_gradients()
+    monkeypatch.delenv("GKT_BACKEND")
+    assert registry.select("ghost_batch_norm", x.device, x.dtype) is backend
+
+
 @pytest.mark.parametrize("error", [BackendError("no compiler"), NotImplementedError("no kernel image")])
 def test_a_failing_backend_is_given_up_once_in_training(error, caplog):
     """The step goes on with the next backend and gives its numbers; later steps don't try the other one again."""

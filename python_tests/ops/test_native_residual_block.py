@@ -10,7 +10,15 @@ from helpers.ghost_batch_norm_formula import on_backend
 from helpers.residual_block_formula import CASES, make
 
 from gkt_fast import residual_block
-from gkt_fast.ops.residual_block import Convolution, Norm, native, op, run_plain_residual_block
+from gkt_fast.ops import native_tensors
+from gkt_fast.ops.ghost_batch_norm.running_statistics import RunningUpdate
+from gkt_fast.ops.residual_block import (
+    Convolution,
+    Norm,
+    native,
+    op,
+    run_plain_residual_block,
+)
 from gkt_fast.ops.residual_block.problem import describe, parameters_of
 
 
@@ -128,8 +136,10 @@ def test_running_statistics_are_updated_once_where_a_later_convolution_fails(bac
     parameters[6] = torch.randn(5, 4, 3, 3)  # for an input of four channels
     x = torch.randn(4, 5, 6, 6)
     running = [(torch.zeros(5), torch.ones(5)) for _ in range(2)]
-    updates = [(*pair, 0.5) for pair in running]
-    versions = [tensor._version for pair in running for tensor in pair]
+    counters = [torch.tensor(7), torch.tensor(7)]
+    updates = [RunningUpdate(*pair, 0.5, counter) for pair, counter in zip(running, counters, strict=True)]
+    written = [tensor for update in updates for tensor in (update.mean, update.var, update.counter)]
+    versions = [tensor._version for tensor in written]
     with pytest.raises(RuntimeError, match="channels"):
         run_plain_residual_block(problem, x, None, None, parameters, updates)
     c = torch.nn.functional.conv2d(x, parameters[0], padding=1)
@@ -137,7 +147,8 @@ def test_running_statistics_are_updated_once_where_a_later_convolution_fails(bac
     torch.testing.assert_close(running[0][1], 0.5 + 0.5 * c.var((0, 2, 3)))
     assert torch.equal(running[1][0], torch.zeros(5)) and torch.equal(running[1][1], torch.ones(5))
     assert updates[0] is None and updates[1] is not None
-    assert [t._version for pair in running for t in pair] == [v + (i < 2) for i, v in enumerate(versions)]
+    assert [*map(int, counters)] == [8, 7]
+    assert [t._version for t in written] == [v + (i < 3) for i, v in enumerate(versions)]
 
 
 @pytest.mark.parametrize("which", ["whole", "wrong channels", "without strides"])
@@ -168,9 +179,8 @@ def test_a_torch_without_the_functions_is_told_of_once(monkeypatch, caplog, take
         def load_torch(self, cpu, cuda):
             return "aoti_torch_copy_"
 
-    monkeypatch.setattr(native, "_finds_torch", native._finds_torch.__wrapped__)
     with caplog.at_level(logging.INFO, "gkt_fast"):
-        assert not native._finds_torch(Native())
+        assert not native_tensors.finds_torch(Native())
     assert (
         "residual blocks are run by Python, which takes longer: this torch has no aoti_torch_copy_"
         in caplog.text

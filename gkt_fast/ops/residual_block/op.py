@@ -132,7 +132,7 @@ def run_plain_residual_block(
     """The same where nothing but torch's kernels sees what runs (`library.runs_plain`); norms of a single ghost batch
     can update running statistics, see `passes.forward`."""
     if not torch.is_grad_enabled():
-        y, statistics, _ = _run_forward(problem, x, skip, keep, parameters, updates)
+        y, statistics, _ = _run_forward(problem, (x, skip, keep, *parameters), updates)
         return y, statistics
     statistics: list[Tensor] = []
     return _Differentiated.apply(problem, (statistics, updates), x, skip, keep, *parameters), statistics
@@ -140,38 +140,58 @@ def run_plain_residual_block(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which convolutions of x run under autocast; None: in that of x."""
-    device = x.device.type
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled() or x.dtype is torch.float64:
         return None
-    return torch.get_autocast_dtype(device)
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _run_forward(problem, x, skip, keep, parameters, updates=None):
-    """y, statistics, and what backward needs."""
+def _run_forward(problem, inputs, updates=None):
+    """y, statistics, and what backward needs; of x, skip, keep and the parameters."""
 
     def on(backend):
-        found = native_forward(backend, problem, x, skip, keep, parameters, updates)
+        found = native_forward(backend, problem, inputs, updates)
         if found is None:
+            x, skip, keep, *parameters = inputs
             y, statistics, saved = forward(PassesOn(backend), problem, x, skip, keep, parameters, updates)
             found = y, statistics, saved.flatten()
         return found
 
+    x = inputs[0]
     with library.below_everything():
         return run(NORM, x.device, problem.dtype or x.dtype, on)
 
 
-def _run_backward(problem, grad_y, x, skip, keep, parameters, statistics, saved, needs):
-    given = grad_y, x, skip, keep, parameters, statistics
+def _run_backward(problem, grad_y, tensors, counts, needs):
+    """The gradients of the inputs; `tensors` are as `_parts` takes them apart."""
 
     def on(backend):
-        gradients = native_backward(backend, problem, *given, saved, needs)
+        gradients = native_backward(backend, problem, grad_y, tensors, needs)
         if gradients is None:
-            parts = Saved.unflatten(problem, parameters, saved)
-            gradients = backward(PassesOn(backend), problem, *given, parts, needs)
+            x, skip, keep, parameters, statistics, saved = _parts(tensors, counts)
+            saved = Saved.unflatten(problem, parameters, saved)
+            gradients = backward(
+                PassesOn(backend), problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
+            )
         return gradients
 
+    x = tensors[0]
     with library.below_everything():
         return run(NORM, x.device, problem.dtype or x.dtype, on)
+
+
+def _parts(tensors, counts):
+    """x, skip, keep, parameters, statistics, and what else is saved."""
+    of_parameters, of_statistics = 3 + counts[0], 3 + sum(counts)
+    x, skip, keep = tensors[:3]
+    return (
+        x,
+        skip,
+        keep,
+        tensors[3:of_parameters],
+        tensors[of_parameters:of_statistics],
+        tensors[of_statistics:],
+    )
 
 
 def _read(parameters):
@@ -180,8 +200,7 @@ def _read(parameters):
 
 
 def _forward_op(x, skip, keep, parameters, *options):
-    parameters = _read(parameters)
-    return _run_forward(Problem.unflatten(*options), x, skip, keep, parameters)
+    return _run_forward(Problem.unflatten(*options), (x, skip, keep, *_read(parameters)))
 
 
 def _fake_forward_op(x, skip, keep, parameters, *options):
@@ -191,10 +210,9 @@ def _fake_forward_op(x, skip, keep, parameters, *options):
 
 
 def _backward_op_kernel(grad_y, x, skip, keep, parameters, statistics, saved, needs, *options):
-    parameters = _read(parameters)
-    gradients = _run_backward(
-        Problem.unflatten(*options), grad_y, x, skip, keep, parameters, statistics, saved, needs
-    )
+    tensors = x, skip, keep, *_read(parameters), *statistics, *saved
+    counts = len(parameters), len(statistics)
+    gradients = _run_backward(Problem.unflatten(*options), grad_y, tensors, counts, needs)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
@@ -210,49 +228,39 @@ class _Differentiated(Function):
     results, and so is what is saved."""
 
     @staticmethod
-    def forward(ctx, problem, heard, x, skip, keep, *parameters):
+    def forward(ctx, problem, heard, *inputs):
+        count = len(inputs) - 3
         if heard is None:
+            x, skip, keep, *parameters = inputs
             y, statistics, saved = library.below_autograd(_op, x, skip, keep, parameters, *problem.flatten())
             ctx.mark_non_differentiable(*statistics, *saved)
         else:
-            y, statistics, saved = _run_forward(problem, x, skip, keep, parameters, heard[1])
+            y, statistics, saved = _run_forward(problem, inputs, heard[1])
             heard[0].extend(statistics)
         ctx.set_materialize_grads(False)
-        library.save(ctx, x, skip, keep, *parameters, *statistics, *saved)
+        library.save(ctx, *inputs, *statistics, *saved)
         ctx.problem, ctx.plain = problem, heard is not None
-        ctx.counts = len(parameters), len(statistics)
+        ctx.counts = count, len(statistics)
         return y if heard is not None else (y, *statistics, *saved)
 
     @staticmethod
     def backward(ctx, grad_y, *_: None):
-        count, norms = ctx.counts
-        nothing = (None,) * (5 + count)
-        if grad_y is None:
-            return nothing
-        x, skip, keep, *tensors = library.saved(ctx)
-        parameters, statistics, saved = (
-            tensors[:count],
-            tensors[count : count + norms],
-            tensors[count + norms :],
-        )
-        needs_x, needs_skip, _, *needs = ctx.needs_input_grad[2:]
-        needs = [needs_x, needs_skip, *needs]
-        if not any(needs):
-            return nothing
+        needs = ctx.needs_input_grad[2:]
+        if grad_y is None or True not in needs:
+            return (None,) * (2 + len(needs))
+        tensors = library.saved(ctx)
         if ctx.plain and library.runs_plain(grad_y):
-            gradients = _run_backward(
-                ctx.problem, grad_y, x, skip, keep, parameters, statistics, saved, needs
-            )
+            gradients = _run_backward(ctx.problem, grad_y, tensors, ctx.counts, needs)
         else:
-            given = grad_y, x, skip, keep, parameters, statistics, saved, needs
-            found = library.below_autograd(_backward_op, *given, *ctx.problem.flatten())
+            parts = _parts(tensors, ctx.counts)
+            found = library.below_autograd(_backward_op, grad_y, *parts, needs, *ctx.problem.flatten())
             gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         if torch.is_grad_enabled():
             present = tuple(g for g in gradients if g is not None)
-            through = grad_y, *(t for t in (x, skip, *parameters) if t is not None)
+            through = grad_y, *(t for t in tensors[: len(needs)] if t is not None)
             refused = iter(library.refuse_second_derivative(NAME, present, through))
             gradients = [None if g is None else next(refused) for g in gradients]
-        return None, None, *gradients[:2], None, *gradients[2:]
+        return None, None, *gradients
 
 
 def _flat(x, skip, keep, parameters, *options):

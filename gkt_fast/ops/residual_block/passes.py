@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..ghost_batch_norm.passes import Passes
+from ..ghost_batch_norm.running_statistics import RunningUpdate
 from .problem import SLOTS, Problem
 
-__all__ = ["Saved", "backward", "forward"]
+__all__ = ["Saved", "Updates", "backward", "forward"]
 
 Tensors = Sequence["Tensor | None"]
 
@@ -65,8 +66,8 @@ def _is_recomputed(problem: Problem, parameters: Tensors, i: int) -> bool:
     return problem.pointwise and tuple(parameters[SLOTS * i].shape[2:]) == (1, 1)
 
 
-Updates = list["tuple[Tensor, Tensor, float] | None"]
-"""Running mean, running variance and momentum of each layer's norm that updates them; what was done becomes None."""
+Updates = list["RunningUpdate | None"]
+"""Of each layer's norm; what was done becomes None."""
 
 
 def forward(
@@ -171,7 +172,7 @@ def backward(
     saved: Saved,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, skip and the parameters; None where `needs`, in the same order, wants none."""
+    """The gradients of x, skip, keep (None) and the parameters; None where `needs`, in the same order, wants none."""
     run = _Backward(passes, problem, x, skip, parameters, statistics, saved, needs)
     if problem.preactivation:
         run.preactivation(grad_y, keep)
@@ -181,13 +182,13 @@ def backward(
 
 
 class _Backward:
-    """One backward pass; `gradients` are those of x, skip and the parameters, as far as they are known."""
+    """One backward pass; `gradients` are those of x, skip, keep and the parameters, as far as they are known."""
 
     def __init__(self, passes, problem, x, skip, parameters, statistics, saved, needs) -> None:
         self.passes, self.problem, self.parameters = passes, problem, parameters
         self.x, self.skip = x, skip
         self.statistics, self.saved = statistics, saved
-        self.needs_x, self.needs_skip, *self.needs = needs
+        self.needs_x, self.needs_skip, _, *self.needs = needs
         self.gradients: list[Tensor | None] = [None] * len(needs)
         self._outputs = list(saved.convolved)
         self._recomputed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -301,7 +302,7 @@ class _Backward:
         )  # fmt: skip
         for j, value in ((place, grad_weight), (place + 1, grad_bias)):
             if self.needs[j]:
-                self.gradients[2 + j] = _cast(value, self.parameters[j].dtype)
+                self.gradients[3 + j] = _cast(value, self.parameters[j].dtype)
         return gradient, added
 
     def _convolution(self, i: int, grad_y: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
@@ -317,9 +318,9 @@ class _Backward:
             False, (0, 0), groups, (needs_x, needs_weight, needs_bias),
         )  # fmt: skip
         if needs_weight:
-            self.gradients[2 + place] = _cast(grad_weight, self.parameters[place].dtype)
+            self.gradients[3 + place] = _cast(grad_weight, self.parameters[place].dtype)
         if needs_bias:
-            self.gradients[3 + place] = _cast(grad_bias, self.parameters[place + 1].dtype)
+            self.gradients[4 + place] = _cast(grad_bias, self.parameters[place + 1].dtype)
         return grad_x if needs_x else None
 
 
@@ -351,14 +352,17 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, statistics and mask of norm i."""
     weight, bias, mean, var = parameters[SLOTS * i + 2 : SLOTS * i + 6]
-    momentum = None
+    momentum, counter = None, None
     if updates[i] is not None:
-        mean, var, momentum = updates[i]
+        mean, var, momentum, counter = updates[i]
     results = passes.forward(
         x, weight, bias, residual, keep, mean, var,
         problem.ghosts, relu, problem.eps[i], problem.lead_rows, momentum,
     )  # fmt: skip
     updates[i] = None
+    if counter is not None:
+        counter.add_(1)
+        torch.autograd.graph.increment_version((counter,))  # which the dispatcher leaves out here
     return results
 
 
