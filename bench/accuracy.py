@@ -18,7 +18,6 @@ wall-clock times of runs on a busy machine say little.
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
 import math
 import statistics
@@ -30,7 +29,7 @@ import torch
 from accuracy_images import AUGMENTATIONS, Images, batches, decode, train_loader
 from accuracy_models import build_model, family_of, make_scheduler
 from accuracy_recipes import RECIPES, STUDIES, Recipe
-from harness import RESULTS, environment, write_csv
+from harness import RESULTS, environment, read_csv, write_csv
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -174,7 +173,9 @@ def run(
     row = run_key(name, seed, args) | {
         "epochs_run": epochs,
         "step_cost": costs["plain" if recipe.costs_as else name],
-        "cpu_seconds": round(sum(float(epoch["cpu_seconds"]) for epoch in read(folder / "summary.csv")), 2),
+        "cpu_seconds": round(
+            sum(float(epoch["cpu_seconds"]) for epoch in read_csv(folder / "summary.csv")), 2
+        ),
         **evaluate(trainer, recipe, seed, data, args),
         **environment(),
     }
@@ -219,7 +220,7 @@ def step_costs(names: list[str], data: dict[str, Images], args: argparse.Namespa
     """Mean CPU time of a step relative to a plain step, kept in a file; what isn't there yet is measured."""
     path = args.csv.with_name(args.csv.stem + "_cost.csv")
     setting = {key: str(value) for key, value in setting_of(args).items() if key in COST_SETTING}
-    rows = read(path)
+    rows = read_csv(path)
     known = {row["recipe"]: float(row["step_cost"]) for row in rows if setting.items() <= row.items()}
     wanted = {"plain", *(RECIPES[name].costs_as or name for name in names)}
     missing = sorted(wanted - known.keys())
@@ -261,16 +262,9 @@ def folder_name(key: Iterable[object]) -> str:
     return "-".join(map(str, key)).replace(" ", "_").replace(",", "")
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def is_finished(path: Path, key: dict[str, object]) -> bool:
     wanted = {name: str(value) for name, value in key.items()}
-    return any(wanted.items() <= row.items() for row in read(path))
+    return any(wanted.items() <= row.items() for row in read_csv(path))
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -278,7 +272,7 @@ def append(path: Path, row: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_csv(path, [*read(path), row])
+        write_csv(path, [*read_csv(path), row])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import accuracy_pictures
-from accuracy import SETTING, read
+from accuracy import SETTING
 from accuracy_models import title_of
 from accuracy_recipes import ALONE, BUDGETS, CHOICES, METHODS, OVER_STEPS, RECIPES, SHARES
 from accuracy_rows import (
@@ -33,7 +33,7 @@ from accuracy_rows import (
     title,
     values_of,
 )
-from harness import RESULTS
+from harness import RESULTS, read_csv
 
 from gkt_fast.instruments.tables import replace_marked
 
@@ -74,7 +74,7 @@ def main() -> None:
         help=f"write the tables into {', '.join(sorted({name for name, *_ in DOCUMENTS}))}",
     )
     args = parser.parse_args()
-    rows = [row for path in args.csv for row in read(path)]
+    rows = [row for path in args.csv for row in read_csv(path)]
     accuracy_pictures.write(rows, args.output or args.csv[0].parent)
     if args.output or args.update:
         light, dark = (

@@ -13,9 +13,18 @@ from pathlib import Path
 
 import torch
 
-from gkt_fast.instruments.tables import print_table, write_csv
+from gkt_fast.instruments.tables import print_table, read_csv, write_csv
 
-__all__ = ["RESULTS", "SavedMemory", "Timing", "environment", "measure", "print_table", "write_csv"]
+__all__ = [
+    "RESULTS",
+    "SavedMemory",
+    "Timing",
+    "environment",
+    "measure",
+    "print_table",
+    "read_csv",
+    "write_csv",
+]
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,7 +8,7 @@ training pays on average: the cost varies with the subnets), the same in FLOPs, 
 autograd held during a step. sequential+compile runs the streams one by one with compiled blocks;
 plain+fused is plain training with `gkt_fast.fuse_blocks`. `--subnet-share 1.0 0.5 0.25` runs the GKT modes with
 subnets on each of these parts of the batch. On one CPU thread times are the thread's own, so that others on the machine
-don't add to them.
+don't add to them. Rows of other models stay in the CSV file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import RESULTS, SavedMemory, environment, measure, print_table, write_csv
+from harness import RESULTS, SavedMemory, environment, measure, print_table, read_csv, write_csv
 from models import MODELS
 
 from gkt_fast import GKT, GKTConfig, fuse_blocks
@@ -63,7 +63,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     names = list(MODELS) if args.model == "all" else [args.model]
     rows = [row for name in names for row in run(name, args)]
-    write_csv(args.csv, rows)
+    others = [row for row in read_csv(args.csv) if row["model"] not in names]
+    write_csv(args.csv, [*others, *rows])
     print_table(rows, COLUMNS)
     print(f"{environment()['device']}, {torch.get_num_threads()} threads; written to {args.csv}")
 

@@ -32,6 +32,14 @@ def replace_marked(text: str, command: str, new: str) -> str:
     return text.replace(f"{start(command)}{old}{END}", f"{start(command)}{new}{END}")
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a file; of none, if there is no such file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(path: str | Path, rows: list[dict[str, object]]) -> None:
     """Writes the rows, with the union of their columns in order of appearance."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
