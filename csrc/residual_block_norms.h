@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "residual_block_problem.h"
+#include "running_statistics.h"
 
 namespace gkt {
 
@@ -67,10 +68,11 @@ class BlockNorms {
       params.running_mean = vector(update.mean, params);
       params.running_var = vector(update.var, params);
       params.momentum = update.momentum;
+      if (update.counter && !is_counter(update.counter)) throw Unfit("a counter");
     }
     const Tensor workspace = workspace_for(params);
     check(launch_.forward(params));
-    if (updates && update.counter) ++*static_cast<int64_t*>(update.counter.data());
+    if (updates && update.counter) count_batch(update.counter);
     update.done = update.done || updates;
     return out;
   }

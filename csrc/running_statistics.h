@@ -22,6 +22,13 @@ inline bool is_on_cpu(const Tensor& tensor) {
   return tensor.data() != nullptr && device_of(tensor).type == torch_functions().cpu;
 }
 
+// Whether 1 can be added to it here.
+inline bool is_counter(const Tensor& tensor) {
+  return tensor.dtype() == torch_functions().int64 && tensor.numel() == 1 && is_on_cpu(tensor);
+}
+
+inline void count_batch(const Tensor& counter) { ++*static_cast<int64_t*>(counter.data()); }
+
 inline bool is_vector_of(const Tensor& tensor, int32_t dtype, int64_t channels) {
   return tensor.dtype() == dtype && tensor.dim() == 1 && tensor.size(0) == channels &&
          tensor.is_dense({0}) && is_on_cpu(tensor);
@@ -44,8 +51,7 @@ inline bool fits(const StatisticsUpdate& update) {
   };
   if (!is_found(update.mean, update.var ? 2 : 3)) return false;
   if (update.var && !is_found(update.var, 2)) return false;
-  return !update.counter || (update.counter.dtype() == torch.int64 &&
-                             update.counter.numel() == 1 && is_on_cpu(update.counter));
+  return !update.counter || is_counter(update.counter);
 }
 
 template <class A>
@@ -70,7 +76,7 @@ inline void write(const StatisticsUpdate& update) {
     write_as<double>(update);
   else
     write_as<float>(update);
-  if (update.counter) ++*static_cast<int64_t*>(update.counter.data());
+  if (update.counter) count_batch(update.counter);
 }
 
 // Writes the updates in their order; false, and nothing is written, where one doesn't fit.

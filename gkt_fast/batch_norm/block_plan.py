@@ -60,6 +60,7 @@ class _Running(NamedTuple):
     Args:
         run: the form of the inputs.
         buffers: of the norms that track them, three of each.
+        forms: their dtypes and where they are, which can change in the same tensor.
         updates: by the node, for each of its layers; None: there are none.
         counters: what counts batches elsewhere than in the CPU's memory, which the node doesn't write.
         reported: norms that the node doesn't update.
@@ -67,6 +68,7 @@ class _Running(NamedTuple):
 
     run: _Run
     buffers: list[Tensor | None]
+    forms: list[tuple[torch.dtype, bool]]
     updates: list[RunningUpdate | None] | None
     counters: list[Tensor]
     reported: list[int]
@@ -146,7 +148,7 @@ class BlockPlan:
             return None
         updates, reported = None, self._tracking
         if reported and ghosts is None:
-            _, _, updates, counters, reported = self._find_running(run)
+            *_, updates, counters, reported = self._find_running(run)
             updates = updates and [*updates]  # the node crosses out what it has done
         y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
         if updates and counters:
@@ -158,7 +160,13 @@ class BlockPlan:
     def _find_running(self, run: _Run) -> _Running:
         """Found once, as long as the norms have the same buffers."""
         running, buffers = self._running, self._buffers.read()
-        if running is None or running.run is not run or not all(map(operator.is_, buffers, running.buffers)):
+        forms = [(buffer.dtype, buffer.is_cpu) for buffer in buffers if buffer is not None]
+        if (
+            running is None
+            or running.run is not run
+            or not all(map(operator.is_, buffers, running.buffers))
+            or forms != running.forms
+        ):
             updates: list[RunningUpdate | None] = [None] * len(self._pairs)
             counters, reported = [], []
             for place, i in enumerate(self._tracking):
@@ -172,7 +180,7 @@ class BlockPlan:
                     counter = None
                 updates[i] = RunningUpdate(mean, var, norm.momentum, counter)
             given = updates if len(reported) < len(self._tracking) else None
-            running = self._running = _Running(run, buffers, given, counters, reported)
+            running = self._running = _Running(run, buffers, forms, given, counters, reported)
         return running
 
     def _describe(

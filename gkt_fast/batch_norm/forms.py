@@ -24,6 +24,7 @@ class Form(NamedTuple):
         shortcut: attribute of what the residual goes through; None or nn.Identity there: nothing.
         relus: attributes that must be nn.ReLU. A norm that brings its own ReLU isn't listed.
         absent: attributes that must be None or nn.Identity where they exist.
+        adds_in_place: whether the residual is added to the branch in place, so that the sum has the branch's dtype.
     """
 
     module: str
@@ -32,6 +33,7 @@ class Form(NamedTuple):
     shortcut: str
     relus: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    adds_in_place: bool = False
 
     @property
     def preactivation(self) -> bool:
@@ -45,16 +47,22 @@ _TIMM_ABSENT = ("drop_block", "aa", "se", "drop_path")
 FORMS = {
     "FusedCifarBasicBlock": Form("gkt_fast.models.cifar_resnet", "BasicBlock", _BASIC, "shortcut"),
     "FusedTorchvisionBasicBlock": Form(
-        "torchvision.models.resnet", "BasicBlock", _BASIC, "downsample", ("relu",)
+        "torchvision.models.resnet", "BasicBlock", _BASIC, "downsample", ("relu",), adds_in_place=True
     ),
     "FusedTorchvisionBottleneck": Form(
-        "torchvision.models.resnet", "Bottleneck", _BOTTLENECK, "downsample", ("relu",)
+        "torchvision.models.resnet", "Bottleneck", _BOTTLENECK, "downsample", ("relu",), adds_in_place=True
     ),
     "FusedTimmBasicBlock": Form(
-        "timm.models.resnet", "BasicBlock", _BASIC, "downsample", ("act1", "act2"), _TIMM_ABSENT
+        "timm.models.resnet", "BasicBlock", _BASIC, "downsample", ("act1", "act2"), _TIMM_ABSENT, True
     ),
     "FusedTimmBottleneck": Form(
-        "timm.models.resnet", "Bottleneck", _BOTTLENECK, "downsample", ("act1", "act2", "act3"), _TIMM_ABSENT
+        "timm.models.resnet",
+        "Bottleneck",
+        _BOTTLENECK,
+        "downsample",
+        ("act1", "act2", "act3"),
+        _TIMM_ABSENT,
+        True,
     ),
     "FusedTimmPreActBasic": Form(
         "timm.models.resnetv2",
@@ -76,10 +84,10 @@ FORMS = {
 def run_layers(form: Form, layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
     """A block's layers one by one, each norm with what follows it as one op."""
     run = _run_preactivation if form.preactivation else _run_postactivation
-    return run(layers, shortcut, x)
+    return run(form, layers, shortcut, x)
 
 
-def _run_postactivation(layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
+def _run_postactivation(form: Form, layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
     y = x
     for convolution, norm in zip(layers[:-2:2], layers[1:-2:2], strict=True):
         y = run_batch_norm(norm, convolution(y), activation="relu")
@@ -87,10 +95,12 @@ def _run_postactivation(layers: list[nn.Module], shortcut: nn.Module | None, x: 
     residual = _run_shortcut(shortcut, x)
     if residual.dtype == y.dtype and residual.shape == y.shape:
         return run_batch_norm(layers[-1], y, residual=residual, activation="relu")
-    return relu(run_batch_norm(layers[-1], y) + residual)
+    y = run_batch_norm(layers[-1], y)
+    total = y + residual
+    return relu(total.to(y.dtype) if form.adds_in_place else total)
 
 
-def _run_preactivation(layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
+def _run_preactivation(form: Form, layers: list[nn.Module], shortcut: nn.Module | None, x: Tensor) -> Tensor:
     y = run_batch_norm(layers[0], x, activation="relu")
     residual = x if shortcut is None else _run_shortcut(shortcut, y)
     y = layers[1](y)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..ops import ghost_batch_norm
 from ..ops.dtypes import accumulation_dtype
@@ -26,6 +26,7 @@ __all__ = [
     "report_statistics",
     "run_batch_norm",
     "run_batch_norm_layer",
+    "running_buffers",
     "surrounding_ghost_batches",
     "values_per_ghost",
 ]
@@ -202,7 +203,7 @@ def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
     """Whether the kernel can write the running statistics: a given momentum, and the dtype of its own statistics."""
     if not (layer.training and layer.track_running_stats and type(layer.momentum) in (float, int)):
         return False
-    mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
+    mean, var, _ = running_buffers(layer)
     return (
         mean is not None
         and var is not None
@@ -211,9 +212,18 @@ def is_updated_by_the_op(layer: _BatchNorm, dtype: torch.dtype) -> bool:
     )
 
 
+def running_buffers(layer: _NormBase) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean, running variance and the number of batches."""
+    buffers = layer._buffers  # as attributes they take longer, in every step
+    try:
+        return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # put there as plain tensors
+        return layer.running_mean, layer.running_var, layer.num_batches_tracked
+
+
 def count_batches(layers: Iterable[_BatchNorm]) -> None:
     """Distinct layers have seen one more batch; those without a counter don't count."""
-    counters = [layer._buffers["num_batches_tracked"] for layer in layers]
+    counters = [running_buffers(layer)[2] for layer in layers]
     counters = [counter for counter in counters if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)

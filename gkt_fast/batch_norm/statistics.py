@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..ops.ghost_batch_norm.running_statistics import FoundStatistics, RunningUpdate, update_on_cpu
-from .layer import OnStatistics, Report, count_batches
+from .layer import OnStatistics, Report, count_batches, running_buffers
 
 __all__ = [
     "BatchStatistics",
     "StreamStatistics",
+    "check_running_buffers",
     "compiled_batch_norm",
     "freeze_during_backward",
     "frozen_statistics",
@@ -59,6 +60,23 @@ def tracking_layers(model: nn.Module) -> list[_NormBase]:
         and layer.running_mean is not None
         and (layer.momentum is not None or isinstance(layer, _BatchNorm))
     ]
+
+
+def check_running_buffers(model: nn.Module) -> None:
+    """Checks that running statistics can be set aside.
+
+    Raises:
+        ValueError: a layer holds them, but not as buffers.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, _NormBase):
+            continue
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        if any(name not in module._buffers and getattr(module, name, None) is not None for name in names):
+            raise ValueError(
+                f"{path!r} ({type(module).__name__}) holds running statistics as plain attributes, which GKT can't "
+                "keep as they are while subnets run; register them as buffers"
+            )
 
 
 @contextmanager
@@ -158,10 +176,9 @@ def _rounds(updates: list[BatchStatistics]) -> list[list[BatchStatistics]]:
 
 def _update_together(momentum: float | None, updates: list[BatchStatistics]) -> None:
     """Updates distinct layers, in few kernel launches."""
-    buffers = [u.layer._buffers for u in updates]  # as attributes they take longer, in every step
     count_batches(u.layer for u in updates if isinstance(u.layer, _BatchNorm))
     if momentum is not None:
-        running = [r for b in buffers for r in (b["running_mean"], b["running_var"])]
+        running = [r for u in updates for r in running_buffers(u.layer)[:2]]
         statistics = [s for u in updates for s in (u.mean, u.variance)]
         statistics = [
             s if s.dtype is r.dtype else s.to(r.dtype) for s, r in zip(statistics, running, strict=True)
@@ -218,9 +235,8 @@ def _update_on_cpu(seen: Sequence[tuple[Report, int]]) -> bool:
             return False
         mean, var = (statistics, None) if isinstance(statistics, Tensor) else statistics
         found.append(FoundStatistics(mean, var, ghost, report.correction(ghost)))
-        buffers = layer._buffers
-        running = buffers["running_mean"], buffers["running_var"]
-        updates.append(RunningUpdate(*running, layer.momentum, buffers["num_batches_tracked"]))
+        running_mean, running_var, counter = running_buffers(layer)
+        updates.append(RunningUpdate(running_mean, running_var, layer.momentum, counter))
     return update_on_cpu(found, updates)
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..batch_norm.statistics import check_running_buffers
 from ..distributed import any_rank, is_distributed
 from ..network.calls import SharedStateError
 from ..network.network import Network
@@ -69,12 +70,14 @@ def choose_execution(network: Network, streams: Streams) -> Choice:
     """How a step with these streams runs on this network.
 
     Raises:
-        ValueError: the form of the network's inputs is not known yet (see `Network.remember`).
+        ValueError: the form of the network's inputs is not known yet (see `Network.remember`), or a norm's running
+            statistics are no buffers.
     """
     network.note_setup()
     requested = streams.config.execution
     if len(streams.dropped) == 1:
         return Choice("plain", "the step has a single stream", plain.MODE.run)
+    network.once("buffers", lambda: check_running_buffers(network.model))
     if requested == "auto":
         return _choose_automatically(network, streams)
     mode = EXECUTION_MODES[requested]

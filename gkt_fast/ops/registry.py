@@ -201,13 +201,11 @@ def requested_backend() -> str | None:
 
 def _from_environment() -> str | None:
     """GKT_BACKEND, of which `os.environ.get` takes longer to say that it isn't set than a choice takes else."""
-    if _environment is not None and _VARIABLE not in _environment:
+    kept = getattr(os.environ, "_data", None)  # by encoded names, in CPython
+    if kept is not None and _VARIABLE not in kept:
         return None
     return os.environ.get("GKT_BACKEND")
 
-
-_environment = getattr(os.environ, "_data", None)
-"""What `os.environ` keeps, by encoded names; None where the interpreter has another way."""
 
 _VARIABLE = getattr(os.environ, "encodekey", str)("GKT_BACKEND")
 

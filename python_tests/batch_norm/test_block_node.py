@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from gkt_fast import fuse_blocks
+from gkt_fast import fuse_blocks, use_backend
 from gkt_fast.models.cifar_resnet import BasicBlock, cifar_resnet
 
 resnet = pytest.importorskip("torchvision.models.resnet")
@@ -92,6 +92,20 @@ def count_in_floats(block):
     block.bn1.num_batches_tracked = torch.tensor(3.0)
 
 
+def count_in_floats_in_place(block):
+    """As what shards or converts a model does, and `load_state_dict(assign=True)` where it swaps tensors."""
+    counter = block.bn1.num_batches_tracked
+    torch.utils.swap_tensors(counter, counter.float())
+
+
+def count_in_a_vector(block):
+    block.bn1.num_batches_tracked.data = torch.zeros(2, dtype=torch.int64)
+
+
+def move_statistics(block):
+    block.bn1.running_mean.data = block.bn1.running_mean.clone()
+
+
 def use_no_momentum(block):
     block.bn2.momentum = None
 
@@ -99,6 +113,20 @@ def use_no_momentum(block):
 def change_the_statistics_dtype(block):
     block.bn1.running_mean = block.bn1.running_mean.float()
     block.bn1.running_var = block.bn1.running_var.float()
+
+
+def change_the_statistics_dtype_in_place(block):
+    for name in ("running_mean", "running_var"):
+        buffer = getattr(block.bn1, name)
+        torch.utils.swap_tensors(buffer, buffer.float())
+
+
+def keep_statistics_as_attributes(block):
+    for norm in (block.bn1, block.bn2):
+        buffers = dict(norm._buffers)
+        norm._buffers.clear()
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer)
 
 
 def exchange_parameters(block):
@@ -123,8 +151,9 @@ def exchange_data(block):
 @pytest.mark.parametrize(
     "change",
     [
-        change_momentum, exchange_buffers, count_in_floats, use_no_momentum, change_the_statistics_dtype,
-        exchange_parameters, exchange_dictionaries, exchange_data,
+        change_momentum, exchange_buffers, count_in_floats, count_in_floats_in_place, count_in_a_vector,
+        move_statistics, use_no_momentum, change_the_statistics_dtype, change_the_statistics_dtype_in_place,
+        keep_statistics_as_attributes, exchange_parameters, exchange_dictionaries, exchange_data,
     ],
 )  # fmt: skip
 def test_what_layers_hold_is_read_at_every_call(change):
@@ -133,12 +162,39 @@ def test_what_layers_hold_is_read_at_every_call(change):
     same(block, fused, images())
     for module in (block, fused):
         change(module)
-    if change is change_the_statistics_dtype:
-        fused(images())
-        assert fused.bn1.running_mean.dtype is torch.float32 and int(fused.bn1.num_batches_tracked) == 2
+    if change in (change_the_statistics_dtype, change_the_statistics_dtype_in_place):
+        x = images()
+        expected = 0.9 * fused.bn1.running_mean + 0.1 * fused.conv1(x).mean((0, 2, 3)).float()
+        fused(x)
+        torch.testing.assert_close(fused.bn1.running_mean, expected)
+        assert int(fused.bn1.num_batches_tracked) == 2
         return
     for _ in range(2):
         assert runs_as_one_node(same(block, fused, images()))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_statistics_of_another_size_are_refused(backend):
+    """And no memory beside them is written."""
+    _, fused = pair(BasicBlock(8, 8))
+    fused(images())
+    fused.bn1.running_mean.data = torch.zeros(4, dtype=torch.float64)
+    with use_backend(backend), pytest.raises(ValueError, match=r"shape \(4,\).* must have \(8,\)"):
+        fused(images())
+    assert torch.equal(fused.bn1.running_mean, torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [lambda: BasicBlock(8, 8), lambda: resnet.BasicBlock(8, 8)])
+def test_autocast_of_a_residual_that_is_not_cast(make):
+    """torchvision's blocks add it in place."""
+    block = make()
+    fused = copy.deepcopy(block)
+    fuse_blocks(nn.Sequential(fused))
+    x = torch.randn(4, 8, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, actual = block(x), fused(x)
+    assert actual.dtype is wanted.dtype
+    torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_parametrised_convolutions_are_read_at_every_call():

@@ -150,6 +150,22 @@ def test_a_stacked_step_updates_them_as_python_does(policy, momentum, monkeypatc
         )
 
 
+@pytest.mark.parametrize("execution", ["sequential", "shared", "stacked", "lean", "auto"])
+def test_statistics_that_are_no_buffers_are_refused(execution):
+    """Subnets, or a step on trial, would write them."""
+    network = cifar_resnet(8, width=4)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            buffers = dict(module._buffers)
+            module._buffers.clear()
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+    gkt = GKT(network, GKTConfig(groups=1, execution=execution))
+    with pytest.raises((ValueError, RuntimeError), match="running statistics as plain attributes"):
+        gkt(torch.randn(4, 3, 8, 8), torch.arange(4), step=0)
+    assert not any(m.running_mean.any() for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
 def test_unbiased_variances_are_taken_as_they_are():
     layer = nn.BatchNorm2d(3)
     statistics = StreamStatistics(all_update=False)

@@ -131,6 +131,12 @@ class PassesOn:
         if momentum is None:
             self._backend.forward(problem, *tensors)
         else:
+            for running in (running_mean, running_var):  # which may have changed since they were looked at
+                if running.dtype is not found.dtype or running.shape != x.shape[1:2]:
+                    raise ValueError(
+                        f"running statistics have shape {tuple(running.shape)} and dtype {running.dtype}; they must "
+                        f"have ({x.shape[1]},) and {found.dtype}"
+                    )
             dense = running_mean.contiguous(), running_var.contiguous()
             self._backend.forward(problem, *tensors, *dense)
             _written((running_mean, running_var), dense)
