@@ -150,9 +150,9 @@ class BlockPlan:
         if reported and ghosts is None:
             *_, updates, counters, reported = self._find_running(run)
             updates = updates and [*updates]  # the node crosses out what it has done
+            if counters:  # before the node, which checkpointing leaves early when it runs it again
+                torch._foreach_add_(counters, 1)
         y, statistics = run_plain_residual_block(run.problem, x, skip, None, parameters, updates)
-        if updates and counters:
-            torch._foreach_add_(counters, 1)
         for i in reported:
             report_statistics(Report(self._norms[i], statistics[i], run.values[i]))
         return y

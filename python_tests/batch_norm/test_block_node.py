@@ -346,6 +346,20 @@ def test_activation_checkpointing():
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_activation_checkpointing_counts_batches_as_torch_does(dtype):
+    """What runs again counts again. A counter of floats isn't written by the node, as one on a GPU."""
+    block, fused = pair(BasicBlock(8, 8))
+    for module in (block, fused):
+        for norm in (module.bn1, module.bn2):
+            norm.num_batches_tracked = norm.num_batches_tracked.to(dtype)
+        for _ in range(2):
+            checkpoint(module, images(), use_reentrant=False).sum().backward()
+    for name in ("bn1", "bn2"):
+        counters = [getattr(module, name).num_batches_tracked for module in (block, fused)]
+        assert int(counters[0]) == int(counters[1]) == 4
+
+
 def test_changing_the_input_before_backward_is_noticed():
     _, fused = pair(BasicBlock(8, 8))
     x = images().detach()
