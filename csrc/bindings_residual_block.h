@@ -28,8 +28,8 @@ class ResidualBlock {
     }
   }
 
-  // given: x, skip, keep, parameters, then mean, variance and counter of each update; updates: as of
-  // `passes.forward`. Returns y, statistics, convolved, masks and activations.
+  // given: x, skip, keep, parameters, then mean, variance and counter of each update; updates: as
+  // of `passes.forward`. Returns y, statistics, convolved, masks and activations.
   template <class Launch, class Where>
   py::object forward(const py::list& given, const py::list& capsules, py::list updates,
                      Where where) const {

@@ -20,8 +20,8 @@ bool update_running_statistics(const py::list& given, const py::list& capsules,
   std::vector<gkt::StatisticsUpdate> updates(numbers.size());
   for (size_t i = 0; i < updates.size(); ++i) {
     gkt::StatisticsUpdate& update = updates[i];
-    for (gkt::Tensor* tensor : {&update.mean, &update.var, &update.running_mean,
-                                &update.running_var, &update.counter})
+    for (gkt::Tensor* tensor :
+         {&update.mean, &update.var, &update.running_mean, &update.running_var, &update.counter})
       *tensor = handles.take();
     std::tie(update.ghost, update.correction, update.momentum) =
         numbers[i].cast<std::tuple<int64_t, double, double>>();
