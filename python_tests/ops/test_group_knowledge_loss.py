@@ -187,6 +187,12 @@ def test_random_problems(backend, data):
     )
 
 
+def test_a_single_class_with_smoothing(backend):
+    """Nothing is to be learnt: the gradient is rounding and nothing else."""
+    logits, targets = make((2, 7, 1), ignore=True)
+    check(logits, targets, groups=1, label_smoothing=0.1)
+
+
 LAYOUTS = {
     "slice of a bigger tensor": lambda z: torch.cat([z, z], dim=2)[:, :, 3 : 3 + z.shape[2]],
     "every second class": lambda z: z.repeat_interleave(2, dim=2)[:, :, ::2],
