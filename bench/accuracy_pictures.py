@@ -158,26 +158,27 @@ def plot_inference(rows: Rows, path: Path, dark: Path | None = None) -> None:
 def plot_inference_of(axes: Axes, rows: Rows) -> None:
     recipes = {name: group for (name,), group in by(rows, ["recipe"]).items()}
     names = {"gkt": "GKT: every depth of one network", "plain": "plain training: its depths"}
-    places = {"gkt": (0, -14), "plain": (12, -4), "alone": (0, 11)}
     alone = [network_point(recipes[name], "full", RECIPES[name].alone) for name in ALONE if name in recipes]
     if "plain" in recipes:
         alone.append(network_point(recipes["plain"], "full", None))
-    lines = {name: inference_points(recipes[name]) for name in names if name in recipes}
-    for name, points in lines.items():
-        axes.errorbar(*zip(*points, strict=True), fmt="o-", color=colour(name))
-    axes.errorbar(*zip(*alone, strict=True), fmt="s", markersize=5, color=COLOURS["alone"], zorder=3)
+    names = {name: label for name, label in names.items() if name in recipes}
+    for name, label in names.items():
+        points = inference_points(recipes[name])
+        axes.errorbar(*zip(*points, strict=True), fmt="o-", color=colour(name), label=label)
+    names["alone"] = "each depth trained alone"
+    axes.errorbar(
+        *zip(*alone, strict=True),
+        fmt="s",
+        markersize=5,
+        color=COLOURS["alone"],
+        zorder=3,
+        label=names["alone"],
+    )
     axes.margins(x=0.04, y=0.16)
-    for name, points in {**lines, "alone": sorted(alone)}.items():
-        axes.annotate(
-            names.get(name, "each depth trained alone"),
-            points[0][:2],
-            places[name],
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            fontweight="bold",
-            color=COLOURS[name],
-        )
+    # All lines end at the top right.
+    legend = axes.legend(loc="lower right", frameon=False, prop={"size": 8.5, "weight": "bold"})
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_color(COLOURS[name])
 
 
 def inference_points(rows: Rows) -> list[tuple[float, float, float]]:
