@@ -31,5 +31,8 @@ def finds_torch(native: ModuleType) -> bool:
     if handles_of is not None and tensors_of is not None:
         missing = native.load_torch(str(cpu), str(cuda) if cuda.exists() else None)
     if missing is not None:
-        logger.info("residual blocks are run by Python, which takes longer: this torch has no %s", missing)
+        logger.info(
+            "Python runs residual blocks and updates running statistics, which takes longer: this torch has no %s",
+            missing,
+        )
     return missing is None
